@@ -1,0 +1,134 @@
+// Vectors of floats as wide as the instruction set that this file is compiled for, and the transcendental functions on
+// them. Written with the compilers' vector extensions: one source for SSE, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace ultra {
+namespace ULTRA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));  // bfloat16 or float16 bits
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct BF16 { uint16_t bits; };
+struct FP16 { uint16_t bits; };
+
+static inline vf splat(float x) { return vf{} + x; }
+static inline vf as_float(vi x) { return (vf)x; }
+static inline vi as_int(vf x) { return (vi)x; }
+static inline vf select(vi mask, vf a, vf b) { return as_float((mask & as_int(a)) | (~mask & as_int(b))); }
+static inline vf max(vf a, vf b) { return select(a > b, a, b); }
+static inline vf min(vf a, vf b) { return select(a < b, a, b); }
+static inline vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+// copysign(magnitude, sign)
+static inline vf with_sign(vf magnitude, vf sign) {
+    return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(sign) & (int32_t)0x80000000));
+}
+
+// ---- scalar conversions ---------------------------------------------------------------------------------------------
+static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(BF16 x) { return bits_to_float((uint32_t)x.bits << 16); }
+static inline float to_float(FP16 x) { _Float16 h; memcpy(&h, &x.bits, 2); return (float)h; }
+
+static inline void store_scalar(float* p, float x) { *p = x; }
+static inline void store_scalar(BF16* p, float x) {  // round to nearest even; a NaN stays a quiet NaN
+    uint32_t u = float_to_bits(x);
+    p->bits = (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40)
+                                            : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline void store_scalar(FP16* p, float x) { _Float16 h = (_Float16)x; memcpy(&p->bits, &h, 2); }
+
+// ---- vector loads and stores ----------------------------------------------------------------------------------------
+static inline vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
+static inline vf load(const BF16* p) {
+    vh h; memcpy(&h, p, sizeof h);
+    return as_float(__builtin_convertvector(h, vi) << 16);
+}
+static inline vf load(const FP16* p) {
+    typedef _Float16 vhf __attribute__((vector_size(kLanes * 2)));
+    vhf h; memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, vf);
+}
+static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+static inline void store(BF16* p, vf v) {
+    vi u = as_int(v);
+    vi rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    vi nan = (u >> 16) | 0x40;
+    vi is_nan = (u & 0x7fffffff) > 0x7f800000;
+    vh h = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
+    memcpy(p, &h, sizeof h);
+}
+static inline void store(FP16* p, vf v) {
+    typedef _Float16 vhf __attribute__((vector_size(kLanes * 2)));
+    vhf h = __builtin_convertvector(v, vhf);
+    memcpy(p, &h, sizeof h);
+}
+// The first `n` < kLanes elements; the other lanes read as `fill` and are not written.
+template <typename T> static inline vf load_part(const T* p, int n, float fill = 0.0f) {
+    vf v = splat(fill);
+    for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+    return v;
+}
+template <typename T> static inline void store_part(T* p, vf v, int n) {
+    for (int i = 0; i < n; ++i) store_scalar(p + i, v[i]);
+}
+static inline float sum(vf v) {  // pairwise, so the order does not depend on the compiler
+    for (int w = kLanes / 2; w > 0; w /= 2)
+        for (int i = 0; i < w; ++i) v[i] += v[i + w];
+    return v[0];
+}
+
+// ---- functions ------------------------------------------------------------------------------------------------------
+// e^x, 2 ulp; 0 below -87.3, infinity above 88.7, NaN stays NaN. x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial in r.
+static inline vf exp(vf x) {
+    vf clamped = select(x > 88.8f, splat(88.8f), x);
+    clamped = select(clamped < -87.4f, splat(-87.4f), clamped);
+    vf shifted = clamped * 1.44269504088896f + 12582912.0f;  // 1.5 * 2^23: the integer is in the low mantissa bits
+    vf n = shifted - 12582912.0f;
+    vf r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.3981999507e-3f);
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^n in two factors, so that n = 128 gives infinity and n = -126 stays normal
+    vi k = as_int(shifted) - as_int(splat(12582912.0f));
+    vi half = k >> 1;
+    vf scaled = p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
+    scaled = select(x < -87.33654f, splat(0.0f), scaled);
+    return select(x != x, x, scaled);
+}
+
+// tanh, 3 ulp: an odd polynomial near 0 (1 - 2/(e^2x+1) would lose all relative precision there).
+static inline vf tanh(vf x) {
+    vf a = abs(x);
+    vf big = 1.0f - 2.0f / (exp(a + a) + 1.0f);
+    vf s = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = p * s + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    vf small = p * s * x + x;
+    return select(a < 0.625f, small, with_sign(big, x));
+}
+
+}  // namespace ULTRA_ISA
+}  // namespace ultra

@@ -1,0 +1,137 @@
+"""Every op × backend × case × dtype against the float64 reference: forward and every gradient."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+
+import pytest
+import torch
+
+import ultra_kernels
+from ultra_kernels import _native
+from ultra_kernels._dispatch import OPS, BackendUnavailable
+from ultra_kernels._testing import Case, compare, run, widened
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def op_cases() -> list[tuple[str, Case]]:
+    return [(name, case) for name, op in OPS.items() for case in importlib.import_module(f"{op.package}.cases").CASES]
+
+
+def function(name: str):
+    return getattr(ultra_kernels, name)
+
+
+def require(name: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    reason = OPS[name].why_not(backend, torch.empty(0, device=device, dtype=dtype))
+    if reason is not None:
+        pytest.skip(f"{name} on {backend}: {reason}")
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that a kernel forgets to write are NaN, not the zeros that fresh memory often holds."""
+
+    def fill(t: torch.Tensor) -> torch.Tensor:
+        return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-7) if t.numel() else t
+
+    for fn in ("empty", "empty_like"):
+        real = getattr(torch, fn)
+        monkeypatch.setattr(torch, fn, lambda *a, _real=real, **k: fill(_real(*a, **k)))
+    real_new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: fill(real_new(self, *a, **k)))
+
+
+def check(name: str, backend: str, case: Case, dtype: torch.dtype, device: str) -> None:
+    require(name, backend, device, dtype)
+    inputs = case.inputs(dtype, device)
+    expected = run(function(name), widened(inputs), "reference", dtype)
+    wrong = compare(run(function(name), inputs, backend, dtype), expected, case.reduction)
+    assert not wrong, f"{name} [{backend}, {case.name}, {dtype}]:\n" + "\n".join(wrong)
+
+
+ALL = [
+    pytest.param(name, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}")
+    for name, case in op_cases()
+    for backend in OPS[name].names
+    for dtype in case.dtypes
+    if not (case.bench and dtype != torch.float32)
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "case", "dtype"), ALL)
+def test_against_float64(name: str, backend: str, case: Case, dtype: torch.dtype, poisoned_empty: None) -> None:
+    if backend == "triton" and INTERPRET and (dtype == torch.bfloat16 or case.elements > 200_000):
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly and large cases slowly")
+    check(name, backend, case, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend", "case", "dtype"), ALL)
+def test_against_float64_gpu(name: str, backend: str, case: Case, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check(name, backend, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("name", [n for n, op in OPS.items() if "native" in op.names])
+def test_other_instruction_sets(name: str, isa: str) -> None:
+    """The dispatched library must be right on older CPUs too."""
+    if (reason := _native.missing()) is not None:
+        pytest.skip(reason)
+    C = _native.load()
+    if isa not in C.isas():
+        pytest.skip(f"this CPU has {C.isas()}")
+    best = C.isa()
+    C.set_isa(isa)
+    try:
+        for case in importlib.import_module(f"{OPS[name].package}.cases").CASES:
+            if not case.bench:
+                check(name, "native", case, torch.float32, "cpu")
+    finally:
+        C.set_isa(best)
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_opcheck(name: str) -> None:
+    """torch's own audit of the registration: schema, fakes, autograd, AOT dispatch."""
+    case = min(importlib.import_module(f"{OPS[name].package}.cases").CASES, key=lambda c: c.elements)
+    inputs = case.inputs(torch.float32)
+    calls: list[tuple] = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "ultra_kernels":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        function(name)(**inputs)
+    for func, args in calls:
+        if not func._schema.name.endswith("_backward"):
+            fresh = tuple(
+                a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a
+                for a in args
+            )
+            torch.library.opcheck(func, fresh)
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_contract(name: str) -> None:
+    fn = function(name)
+    assert fn.__doc__ and "[" in fn.__doc__ and ("arXiv" in fn.__doc__ or "et al" in fn.__doc__), "shapes and source"
+    parameters = inspect.signature(fn).parameters
+    assert parameters["backend"].default is None
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert name in ultra_kernels.__all__
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_named_backend_is_refused_with_a_reason(name: str) -> None:
+    case = min(importlib.import_module(f"{OPS[name].package}.cases").CASES, key=lambda c: c.elements)
+    with pytest.raises(BackendUnavailable, match=name):
+        function(name)(**case.inputs(torch.float32), backend="cuda" if "cuda" not in OPS[name].names else "triton")

@@ -1,0 +1,74 @@
+"""The order of choice, refusals, torch.compile and second derivatives, on one small op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ultra_kernels
+from ultra_kernels import BackendUnavailable, _native, dyt, use_backend
+from ultra_kernels.dyt.op import OP
+
+needs_native = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    leaves = torch.randn(5, 33), torch.tensor([0.5]), torch.randn(33), torch.randn(33)
+    return tuple(t.to(dtype).requires_grad_() for t in leaves)
+
+
+def test_order_argument_then_context_then_environment(monkeypatch):
+    x = inputs()[0]
+    monkeypatch.setenv("ULTRA_BACKEND", "reference")
+    assert OP.choose(None, x) == "reference"
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="TRITON_INTERPRET|not installed"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        OP.choose(None, x)
+    with use_backend("triton"):
+        assert OP.choose("reference", x) == "reference"
+
+
+def test_unknown_names_are_errors(monkeypatch):
+    with pytest.raises(ValueError, match="'fast'.*known are cuda, triton"):
+        dyt(*inputs(), backend="fast")
+    monkeypatch.setenv("ULTRA_BACKEND", "fast")
+    with pytest.raises(ValueError, match="fast"):
+        dyt(*inputs())
+
+
+@needs_native
+def test_native_runs_by_default_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("ULTRA_BACKEND", raising=False)
+    assert OP.choose(None, inputs()[0]) == "native"
+    assert OP.choose(None, inputs(torch.float64)[0]) == "reference"
+    assert ultra_kernels.available()["dyt"]["native"] is None
+    assert ultra_kernels.available()["dyt"]["reference"] is None
+
+
+@needs_native
+def test_compiles_without_a_graph_break():
+    args = inputs()
+    eager = torch.autograd.grad(dyt(*args).square().sum(), args)
+    compiled = torch.compile(lambda *a: dyt(*a), fullgraph=True, backend="aot_eager")
+    for a, b in zip(eager, torch.autograd.grad(compiled(*args).square().sum(), args), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_native
+def test_second_derivative_is_refused():
+    args = inputs()
+    (first,) = torch.autograd.grad(dyt(*args, backend="native").sum(), args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_reference_differentiates_twice():
+    args = inputs(torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *a: dyt(*a, backend="reference"), args)
+
+
+def test_shape_errors_name_the_argument():
+    x, alpha, weight, bias = inputs()
+    with pytest.raises(ValueError, match=r"weight has shape \(32,\).*\(33,\)"):
+        dyt(x, alpha, weight[:32], bias)

@@ -1,0 +1,224 @@
+"""Checkpoints: a folder of safetensors and JSON, whole or not there at all, and never pickled.
+
+`<run>/checkpoints/step-00001000/` holds model.safetensors, optimizer.safetensors, state.json, config.yaml,
+tokenizer.json and, written last, manifest.json with every file's size and sha256. The folder is written under a
+temporary name on the same file system and renamed when all of it is on disk. What counts as the latest one is
+found by checking manifests, not by a pointer that could move too early.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ultra.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{8,})")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a manifest must not reach outside its own folder
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is absent, damaged or made for another model."""
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Steps with a checkpoint folder, valid or not, in rising order."""
+    root = run_dir / "checkpoints"
+    found = [_STEP.fullmatch(entry.name) for entry in root.iterdir()] if root.is_dir() else []
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    config: str,
+    tokenizer: str,
+) -> Path:
+    """Write one checkpoint atomically and return its folder. Raises OSError and leaves the others as they are."""
+    target = folder(run_dir, step)
+    root = target.parent
+    root.mkdir(parents=True, exist_ok=True)
+    clean(run_dir)
+    temporary = root / f".tmp-{target.name}"
+    temporary.mkdir()
+    texts = {
+        "state.json": json.dumps(state, indent=1, allow_nan=False),
+        "config.yaml": config,
+        "tokenizer.json": tokenizer,
+    }
+    for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary / name)
+    for name, text in texts.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    files = sorted(temporary.iterdir())
+    for path in files:
+        _sync(path)
+    entries = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    manifest = temporary / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    _sync(temporary)
+    if target.exists():  # a damaged folder, or a step reached again after going back
+        target.rename(root / f".old-{target.name}")
+    temporary.rename(target)
+    _sync(root)
+    clean(run_dir)
+    return target
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    root = run_dir / "checkpoints"
+    for pattern in (".tmp-step-*", ".old-step-*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+
+
+def damage(path: Path) -> str | None:
+    """Why the folder is not a whole checkpoint, or None. Reads every file."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this version reads {FORMAT}"
+        for name, entry in manifest["files"].items():
+            if not _PLAIN.fullmatch(name) or (path / name).is_symlink():
+                return f"its manifest names {name!r}, which is not a plain file of the folder"
+            if (size := (path / name).stat().st_size) != entry["size"]:
+                return f"{name} has {size} bytes, not {entry['size']}"
+            if _sha256(path / name) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+        if missing := {"model.safetensors", "state.json", "config.yaml"} - set(manifest["files"]):
+            return f"its manifest lacks {', '.join(sorted(missing))}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest or a file of it cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None; damaged ones are passed over with a warning."""
+    for step in reversed(steps(run_dir)):
+        path = folder(run_dir, step)
+        if (reason := damage(path)) is None:
+            return path
+        log.warning("checkpoint %s is damaged and passed over: %s", path, reason)
+    return None
+
+
+def prune(run_dir: Path, keep: set[int]) -> None:
+    """Delete every checkpoint of the run whose step is not in `keep`."""
+    for step in steps(run_dir):
+        if step not in keep:
+            # Renamed first: a deletion that is cut short must not leave a half-empty checkpoint.
+            doomed = folder(run_dir, step).rename(run_dir / "checkpoints" / f".old-step-{step:08d}")
+            shutil.rmtree(doomed)
+
+
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Rename checkpoints later than `step`, so that the run that goes on from there does not resume from them."""
+    for later in steps(run_dir):
+        if later > step:
+            path = folder(run_dir, later)
+            aside = path.with_name(f"superseded-{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+            log.info("set aside %s: the run goes on from step %d", aside, step)
+
+
+def resolve(path: Path) -> Path:
+    """The folder with weights that a path means: a checkpoint, a run's latest checkpoint, or an exported model.
+
+    Raises CheckpointError when there is none, or when a checkpoint is damaged.
+    """
+    if (path / "checkpoints").is_dir():
+        found = latest(path)
+        if found is None:
+            raise CheckpointError(f"{path}: no whole checkpoint in {path / 'checkpoints'}")
+        return found
+    if not (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{path}: neither a run folder (checkpoints/) nor a checkpoint or exported model (model.safetensors)"
+        )
+    if (path / "manifest.json").exists() and (reason := damage(path)):
+        raise CheckpointError(f"{path}: {reason}")
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one safetensors file of a folder, on the host."""
+    try:
+        return load_file(path / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / name}: {error}") from error
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, a tied tensor once under its first name."""
+    unique: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        unique.setdefault(id(tensor), name)
+    return {name: state[name] for name in unique.values()}
+
+
+def load_model_weights(path: Path, model: nn.Module) -> None:
+    """Copy the weights that `path` means (see resolve) into the model.
+
+    Raises CheckpointError with every name that is missing, unknown or of another shape.
+    """
+    found = resolve(path)
+    copy_into(model, read_tensors(found, "model.safetensors"), found)
+
+
+def copy_into(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    own = model_tensors(model)
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise CheckpointError(f"{source} holds another model: {shown}")
+    for name, tensor in own.items():
+        tensor.detach().copy_(tensors[name])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+"""AdamW whose moments live in a low-rank subspace of the gradient: GaLore (arXiv:2403.03507)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 8  # columns beyond the rank; 5 to 10 make the sketch's error negligible (arXiv:0909.4061, 1.3)
+
+
+def projection(grad: Tensor, rank: int, previous: Tensor | None, method: str) -> Tensor:
+    """Orthonormal basis P [m, rank] of the leading left singular subspace of grad [m, n].
+
+    randomized: range finder with one power iteration, started from `previous` and OVERSAMPLING fixed random
+    directions, so that equal inputs give equal bits. exact: the SVD.
+    """
+    m, n = grad.shape
+    if method == "exact":
+        return torch.linalg.svd(grad, full_matrices=False)[0][:, :rank].contiguous()
+    generator = torch.Generator(grad.device).manual_seed(0)
+    fresh = min(rank + OVERSAMPLING, m) - (0 if previous is None else rank)
+    sketch = torch.randn(n, fresh, generator=generator, device=grad.device)
+    if previous is not None:
+        sketch = torch.cat([grad.T @ previous, sketch], dim=1)
+    basis = torch.linalg.qr(grad @ sketch)[0]  # [m, k], k = min(rank + OVERSAMPLING, m)
+    basis = torch.linalg.qr(grad @ (grad.T @ basis))[0]
+    small = basis.T @ grad
+    order = torch.linalg.eigh(small @ small.T)[1].flip(1)  # eigh sorts upwards
+    return (basis @ order[:, :rank]).contiguous()
+
+
+class GaLore(torch.optim.Optimizer):
+    """R = PᵀG on the smaller side of each matrix, Adam on R, W ← (1 − lr·wd) W − lr·scale·P N.
+
+    State per matrix [m, n]: exp_avg and exp_avg_sq [rank, max(m, n)], projection [min(m, n), rank], and the
+    counters step and calls; all plain tensors. P is refreshed every `interval` calls; with `rotate` the moments
+    follow it: Q = P_newᵀ P_old, M ← Q M, V ← (Q∘Q) V. Without that an interval of 1 does not converge.
+    `found_inf`, when set to a tensor, is 1 for a step that must not move anything (as torch's own fused AdamW).
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        rank: int,
+        interval: int,
+        scale: float,
+        rotate: bool,
+        method: str,
+    ) -> None:
+        super().__init__(groups, {})
+        self.rank, self.interval, self.scale, self.rotate, self.method = rank, interval, scale, rotate, method
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("GaLore.step takes no closure: gradients come from accumulated micro-batches")
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        state = self.state[param]
+        bad = torch.zeros((), device=param.device) if self.found_inf is None else self.found_inf
+        skip, good = bad > 0, 1.0 - bad
+        tall = param.shape[0] > param.shape[1]
+        # A skipped step's gradient may hold NaN, which the factorisations refuse.
+        grad = torch.where(skip, 0.0, param.grad.float())
+        grad = grad.T if tall else grad  # [m, n], m <= n
+        if not state:
+            state["projection"] = projection(grad, self.rank, None, self.method)
+            state["exp_avg"] = grad.new_zeros(self.rank, grad.shape[1])
+            state["exp_avg_sq"] = grad.new_zeros(self.rank, grad.shape[1])
+            state["step"] = grad.new_zeros(())
+            state["calls"] = torch.zeros((), dtype=torch.int64)  # on the host: it decides on the refresh
+        elif int(state["calls"]) % self.interval == 0:
+            self._refresh(state, grad, skip)
+        state["calls"] += 1
+        state["step"] += good
+
+        basis, first, second = state["projection"], state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
+        low = basis.T @ grad
+        first.lerp_(low, (1 - beta1) * good)
+        second.lerp_(low * low, (1 - beta2) * good)
+        debias1, debias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        update = basis @ ((first / debias1) / ((second / debias2).sqrt() + group["eps"]))
+        update = update.T if tall else update
+        param.mul_(1 - group["lr"] * group["weight_decay"] * good)
+        param.sub_(torch.where(skip, 0.0, update * (group["lr"] * self.scale)).to(param.dtype))
+
+    def _refresh(self, state: dict[str, Tensor], grad: Tensor, skip: Tensor) -> None:
+        old = state["projection"]
+        new = torch.where(skip, old, projection(grad, self.rank, old, self.method))
+        if self.rotate:
+            turn = new.T @ old
+            state["exp_avg"] = torch.where(skip, state["exp_avg"], turn @ state["exp_avg"])
+            state["exp_avg_sq"] = torch.where(skip, state["exp_avg_sq"], (turn * turn) @ state["exp_avg_sq"])
+        state["projection"] = new

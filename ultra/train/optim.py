@@ -1,0 +1,234 @@
+"""Parameter groups by module type, and the optimizer over them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ultra.config.training import TrainingConfig
+from ultra.errors import UserError
+from ultra.train.galore import GaLore
+from ultra.train.schedule import travel
+
+log = logging.getLogger(__name__)
+
+GROUPS = ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
+NamedParam = tuple[str, nn.Parameter, bool]  # name, parameter, whether weight decay applies
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of GROUPS with its parameters and its documented settings."""
+
+    name: str
+    params: list[NamedParam]
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        return [param for _, param, _ in self.params]
+
+
+def collect_groups(model: nn.Module, cfg: TrainingConfig) -> list[Group]:
+    """The seven groups of `model.param_groups()`, some maybe empty, each with its settings.
+
+    Raises ValueError unless every trainable parameter is in exactly one group.
+    """
+    named: dict[str, list[NamedParam]] = model.param_groups()  # type: ignore[operator, assignment]
+    if unknown := set(named) - set(GROUPS):
+        raise ValueError(f"unknown parameter groups {sorted(unknown)}; there are {', '.join(GROUPS)}")
+    seen = [id(param) for params in named.values() for _, param, _ in params]
+    if len(seen) != len(set(seen)):
+        raise ValueError("a parameter is in two groups")
+    trainable = {id(param): name for name, param in model.named_parameters() if param.requires_grad}
+    if missing := [name for key, name in trainable.items() if key not in set(seen)]:
+        raise ValueError(f"parameters in no group: {', '.join(missing)}")
+    if set(seen) - set(trainable):
+        raise ValueError("a group holds a parameter that the model does not have or that is frozen")
+    return [
+        Group(
+            name,
+            named.get(name, []),
+            getattr(cfg, f"lr_{name}"),
+            getattr(cfg, f"wd_{name}"),
+            getattr(cfg, f"betas_{name}"),
+            getattr(cfg, f"eps_{name}"),
+        )
+        for name in GROUPS
+    ]
+
+
+def table(groups: list[Group]) -> str:
+    """The groups as aligned text: tensors, parameters and settings; a group without tensors reads absent."""
+    rows = [("group", "tensors", "parameters", "lr", "wd", "betas", "eps")]
+    for g in groups:
+        if g.params:
+            count = f"{sum(p.numel() for p in g.tensors):,}"
+            betas = f"{g.betas[0]:g}, {g.betas[1]:g}"
+            rows.append(
+                (g.name, str(len(g.params)), count, f"{g.lr:g}", f"{g.weight_decay:g}", betas, f"{g.eps:g}")
+            )
+        else:
+            rows.append((g.name, "absent", "", "", "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingConfig, init_std: float) -> None:
+    """Adam moves a weight by at most about its rate per step: below init_std in all, the run stays near its start."""
+    reach = travel(steps, cfg)
+    for group in groups:
+        if group.params and group.lr * reach < init_std:
+            log.warning(
+                "training.lr_%s=%g over %d steps moves a weight by at most about %.2g, less than its initial "
+                "standard deviation %g: these parameters hardly train. Raise lr_%s, or train longer.",
+                group.name, group.lr, steps, group.lr * reach, init_std, group.name,
+            )  # fmt: skip
+
+
+class GroupedOptimizer:
+    """Fused AdamW over all groups, with GaLore for the eligible matrices when use_galore.
+
+    Each group is two torch groups, with and without weight decay. A matrix is eligible for GaLore when it is
+    2-D, decayed, outside embeddings and norms, min(m, n) > galore_rank, max(m, n) <= galore_max_dim and its
+    `no_galore` attribute is not set (head, router, convolutions, dt projection).
+    """
+
+    def __init__(self, groups: list[Group], cfg: TrainingConfig) -> None:
+        self.names = {id(param): name for group in groups for name, param, _ in group.params}
+        plain, projected = [], []
+        for group in groups:
+            low_rank = [entry for entry in group.params if cfg.use_galore and self._eligible(entry, group, cfg)]
+            chosen = {name for name, _, _ in low_rank}
+            rest = [entry for entry in group.params if entry[0] not in chosen]
+            plain.append(self._torch_group(group, [p for _, p, decay in rest if decay], group.weight_decay))
+            plain.append(self._torch_group(group, [p for _, p, decay in rest if not decay], 0.0))
+            projected.append(self._torch_group(group, [p for _, p, _ in low_rank], group.weight_decay))
+        self.parts: list[torch.optim.Optimizer] = []
+        if plain := [g for g in plain if g["params"]]:
+            self.parts.append(torch.optim.AdamW(plain, fused=True))
+        if projected := [g for g in projected if g["params"]]:
+            self.parts.append(
+                GaLore(
+                    projected,
+                    rank=cfg.galore_rank,
+                    interval=cfg.galore_update_interval,
+                    scale=cfg.galore_scale,
+                    rotate=cfg.galore_rotate_moments,
+                    method=cfg.galore_method,
+                )
+            )
+            count = sum(len(g["params"]) for g in projected)
+            log.info("GaLore: %d matrices with moments of rank %d", count, cfg.galore_rank)
+            if cfg.galore_update_interval == 1:
+                log.warning(
+                    "training.galore_update_interval=1 factorises every projected gradient at every step; "
+                    "50 to 200 cost far less"
+                )
+        elif cfg.use_galore:
+            log.warning(
+                "training.use_galore: no matrix has both sides above galore_rank=%d and none above "
+                "galore_max_dim=%d; all parameters keep plain AdamW",
+                cfg.galore_rank, cfg.galore_max_dim,
+            )  # fmt: skip
+
+    @staticmethod
+    def _eligible(entry: NamedParam, group: Group, cfg: TrainingConfig) -> bool:
+        _, param, decay = entry
+        return (
+            decay
+            and param.ndim == 2
+            and group.name not in ("embeddings", "norms")
+            and min(param.shape) > cfg.galore_rank
+            and max(param.shape) <= cfg.galore_max_dim
+            and not getattr(param, "no_galore", False)
+        )
+
+    @staticmethod
+    def _torch_group(group: Group, params: list[nn.Parameter], weight_decay: float) -> dict:
+        return {
+            "params": params,
+            "lr": group.lr,
+            "base_lr": group.lr,
+            "weight_decay": weight_decay,
+            "base_weight_decay": weight_decay,
+            "betas": group.betas,
+            "eps": group.eps,
+        }
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [p for part in self.parts for g in part.param_groups for p in g["params"]]
+
+    def set_rates(self, factor: float, *, decay: float = 1.0) -> None:
+        """Every group's rate becomes its configured rate times `factor`; weight decay likewise."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["base_lr"] * factor
+                group["weight_decay"] = group["base_weight_decay"] * decay
+
+    def step(self, skip: Tensor) -> None:
+        """One update; `skip` (0-d float on the parameters' device) is 1 where nothing may move, 0 otherwise."""
+        for part in self.parts:
+            # The attributes through which torch's gradient scaler gates a fused optimizer without a host sync.
+            part.found_inf, part.grad_scale = skip, None  # type: ignore[attr-defined]
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every state tensor as `parameter.field`: independent of the order of groups and parameters."""
+        return {
+            f"{self.names[id(param)]}.{field}": value
+            for part in self.parts
+            for param, state in part.state.items()
+            for field, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of state_tensors. Raises UserError where a name or a shape does not fit."""
+        owners = {
+            self.names[id(p)]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]
+        }
+        for part in self.parts:
+            part.state.clear()
+        for key, value in tensors.items():
+            name, _, field = key.rpartition(".")
+            if name not in owners:
+                raise UserError(f"optimizer state for {name!r}, which this model does not have")
+            part, param = owners[name]
+            rank = part.rank if isinstance(part, GaLore) else None
+            if state_shapes(param, rank).get(field) != value.shape:
+                raise UserError(
+                    f"optimizer state {key!r} of shape {tuple(value.shape)} does not fit this run: use_galore, "
+                    "galore_rank and galore_max_dim must be those of the checkpoint; or start from its weights "
+                    "alone with training.init_from"
+                )
+            if value.shape == param.shape:
+                part.state[param][field] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+            else:
+                part.state[param][field] = value.to("cpu" if field == "calls" else param.device, copy=True)
+
+
+def state_shapes(param: Tensor, rank: int | None) -> dict[str, torch.Size]:
+    """Names and shapes of the optimizer state of one parameter; rank None: plain AdamW."""
+    scalar = torch.Size(())
+    if rank is None:
+        return {"step": scalar, "exp_avg": param.shape, "exp_avg_sq": param.shape}
+    low = torch.Size((rank, max(param.shape)))
+    basis = torch.Size((min(param.shape), rank))
+    return {"projection": basis, "exp_avg": low, "exp_avg_sq": low, "step": scalar, "calls": scalar}

@@ -1,0 +1,177 @@
+"""Which implementation of an op runs, and how ops are registered with torch.
+
+An op names its backends per device in order of preference. The order of choice is: the `backend=` argument,
+`use_backend(...)`, the environment variable ULTRA_BACKEND, then the first backend whose `why_not(...)` is None.
+A backend asked for by name that cannot run raises `BackendUnavailable`; an automatic fallback is logged once per reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+
+Backend = Literal["cuda", "triton", "native", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+# The file of an op's folder that holds each backend.
+_FILES = {"cuda": "cuda", "triton": "triton_kernels", "native": "native", "reference": "reference"}
+
+log = logging.getLogger("ultra_kernels")
+_forced: list[str] = []
+_logged: set[tuple[str, str, str]] = set()
+OPS: dict[str, Op] = {}
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run this call; the message says why and what would."""
+
+
+class Op:
+    """The backend table of one public op.
+
+    `order` maps a device type to backend names, best first; "reference" ends every list and serves unlisted devices.
+    `why_not` maps every backend but the reference to a function of the tensors and options that `choose` is given; it
+    returns None when the backend can run such a call, otherwise the reason. It looks at metadata alone and imports
+    nothing: torch.compile traces it. The backend's own file is imported when it first runs.
+    """
+
+    def __init__(
+        self, name: str, package: str, order: dict[str, tuple[str, ...]], why_not: dict[str, Callable[..., str | None]]
+    ) -> None:
+        self.name, self.package, self.order, self._why_not = name, package, order, why_not
+        self.names: tuple[str, ...] = tuple(dict.fromkeys(b for names in order.values() for b in names))
+        OPS[name] = self
+
+    def module(self, backend: str) -> ModuleType:
+        """The file of the op's folder that holds `backend`."""
+        return importlib.import_module(f"{self.package}.{_FILES[backend]}")
+
+    def why_not(self, backend: str, *args: Any) -> str | None:
+        """None when `backend` can run a call with these arguments, otherwise the reason."""
+        return None if backend == "reference" else self._why_not[backend](*args)
+
+    def choose(self, backend: str | None, tensor: torch.Tensor, *args: Any) -> str:
+        """The backend that runs a call whose first tensor is `tensor`. Raises BackendUnavailable, ValueError."""
+        asked = backend or (_forced[-1] if _forced else None) or os.environ.get("ULTRA_BACKEND") or None
+        if asked is not None and (backend is not None or asked in self.names):
+            if asked not in BACKENDS:
+                raise ValueError(f"{self.name}: unknown backend {asked!r}; known are {', '.join(BACKENDS)}")
+            reason = (
+                f"{self.name} has no such backend; it has {', '.join(self.names)}"
+                if asked not in self.names
+                else self.why_not(asked, tensor, *args)
+            )
+            if reason is not None:
+                raise BackendUnavailable(f"{self.name}: backend {asked!r} cannot run this call: {reason}")
+            return asked
+        if asked is not None and asked not in BACKENDS:
+            raise ValueError(f"ULTRA_BACKEND={asked!r} is unknown; known are {', '.join(BACKENDS)}")
+        for name in self.order.get(tensor.device.type, ()):
+            reason = self.why_not(name, tensor, *args)
+            if reason is None:
+                return name
+            if not torch.compiler.is_compiling():
+                _log_once(self.name, name, reason)
+        return "reference"
+
+
+def _log_once(op: str, backend: str, reason: str) -> None:
+    if (op, backend, reason) not in _logged:
+        _logged.add((op, backend, reason))
+        log.info("%s: not on backend '%s': %s", op, backend, reason)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def triton_why_not(tensor: torch.Tensor, *args: Any) -> str | None:
+    """The reasons common to all Triton backends: they need a CUDA tensor, or the interpreter on a CPU tensor."""
+    if (reason := _triton_missing()) is not None:
+        return str(reason)
+    if tensor.device.type == "cuda":
+        return None
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton needs a CUDA tensor, this one is on {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU)"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op that has backend `name` runs on it (and raises if it cannot); others choose freely."""
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def available(device: str = "cpu") -> dict[str, dict[str, str | None]]:
+    """op -> backend -> None when it can run float32 tensors on `device`, otherwise the reason."""
+    probe = torch.empty(0, device="meta") if device == "meta" else torch.empty(0, device=device)
+    return {name: {b: op.why_not(b, probe) for b in op.names} for name, op in sorted(OPS.items())}
+
+
+_library = torch.library.Library("ultra_kernels", "DEF")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers torch.ops.ultra_kernels.<name> for every device and returns it. `fake` returns outputs without data.
+
+    Plain define/impl costs a third of `torch.library.custom_op` per call, which counts for small tensors.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ultra_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.ultra_kernels, name).default
+
+
+def define_differentiable(
+    forward_schema: str,
+    backward_schema: str,
+    *,
+    forward: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> tuple[Any, Any]:
+    """Registers an op and its backward op and ties them together; differentiating the backward is refused.
+
+    `setup_context(ctx, inputs, output)` saves what the backward needs; `gradients(ctx, *grad_outputs)` returns one
+    gradient per input of the forward op.
+    """
+    forward_op = define(forward_schema, forward, forward_fake)
+    backward_op = define(backward_schema, backward, backward_fake)
+    name, backward_name = forward_op.name(), backward_op.name()
+    torch.library.register_autograd(name, gradients, setup_context=setup_context, lib=_library)
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{name} has no second derivative: its backward is a fused kernel. Run it with backend='reference' "
+            "to differentiate twice."
+        )
+
+    torch.library.register_autograd(backward_name, refuse, lib=_library)
+    return forward_op, backward_op
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Casts the operands of a matrix-like op to the autocast dtype where autocast is on, as torch's matmul does."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -1,0 +1,115 @@
+"""Finds and loads the compiled C++ library, and says why not when there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ._version import __version__
+
+ABI = 1  # kAbi of csrc/bindings.cpp
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common/simd.h
+
+
+class NativeUnavailable(RuntimeError):
+    """The C++ library cannot be used; the message says why."""
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module `_C`: beside this file (installed, or built in place), else of the installed distribution.
+
+    The second place serves a clone's root, from where Python imports the source folders instead of the installed
+    ones. Raises NativeUnavailable with the reason.
+    """
+    problems = []
+    for path in _candidates():
+        try:
+            module = _load_file(path)
+        except ImportError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if (module.abi, module.version) == (ABI, __version__):
+            return module
+        problems.append(f"{path}: version {module.version}, ABI {module.abi}; need {__version__}, ABI {ABI}")
+    raise NativeUnavailable("; ".join(problems) or build_info().get("reason") or "the C++ library was not built")
+
+
+@functools.cache
+def missing() -> str | None:
+    """None when the C++ library is loaded, otherwise the reason."""
+    try:
+        load()
+    except NativeUnavailable as error:
+        return str(error)
+    return None
+
+
+# Dynamo must not look inside: the answer does not change within a process.
+missing_constant = torch.compiler.assume_constant_result(lambda: missing())
+
+
+def why_not(tensor: torch.Tensor, *args: object) -> str | None:
+    """The reasons common to all native backends: no library, another device, a dtype outside DTYPES."""
+    if tensor.device.type != "cpu":
+        return f"the C++ kernels run on the CPU, this tensor is on {tensor.device.type}"
+    if tensor.dtype not in DTYPES:
+        return f"the C++ kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    reason: str | None = missing_constant()
+    return reason
+
+
+def build_info() -> dict[str, str]:
+    """What the build recorded: compiler, flags, instruction sets, or the reason for its failure and the remedy."""
+    for folder in _folders():
+        file = folder / "_build_info.json"
+        if file.is_file():
+            info: dict[str, str] = json.loads(file.read_text())
+            return info
+    return {}
+
+
+def _folders() -> list[Path]:
+    here = Path(__file__).resolve().parent
+    folders = [here]
+    try:
+        installed = Path(str(importlib.metadata.distribution("ultra").locate_file("ultra_kernels"))).resolve()
+    except importlib.metadata.PackageNotFoundError:
+        return folders
+    return folders if installed == here else [here, installed]
+
+
+def _candidates() -> list[Path]:
+    names = [f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return [folder / name for folder in _folders() for name in names if (folder / name).is_file()]
+
+
+def _load_file(path: Path) -> ModuleType:
+    try:
+        return _exec(path)
+    except ImportError as error:
+        if "GOMP_" not in str(error):
+            raise
+    # The library leaves its OpenMP symbols to torch's runtime (setup.py says why); this torch brought none.
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ImportError(f"no OpenMP runtime: torch loaded none and libgomp.so.1 failed: {error}") from error
+    return _exec(path)
+
+
+def _exec(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ultra_kernels._C", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,107 @@
+"""What the op suite (tests/ops) and bench share: the description of a case, and derived tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]  # keyword arguments of the public op; float tensors in float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op.
+
+    make: seeded inputs as keyword arguments of the public function, float tensors in float64, any layout.
+    small: names of parameters that stay float32 beside half-precision inputs.
+    constant: names of float tensors that get no gradient.
+    reduction: the longest sum behind any output or gradient element; tolerances grow with its square root.
+    elements: input and output elements that must cross memory once (bytes = elements × item size).
+    """
+
+    name: str
+    make: Callable[[torch.Generator], Inputs]
+    reduction: int
+    elements: int
+    flops: int
+    small: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
+    bench: bool = False
+    dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+        """The inputs at `dtype`, leaves with requires_grad, strides kept."""
+        raw = self.make(torch.Generator().manual_seed(seed))
+        out: Inputs = {}
+        for name, value in raw.items():
+            if isinstance(value, torch.Tensor):
+                if value.is_floating_point():
+                    half = dtype in (torch.bfloat16, torch.float16)
+                    value = value.to(device, torch.float32 if half and name in self.small else dtype)
+                    value.requires_grad_(name not in self.constant)
+                else:
+                    value = value.to(device)
+            out[name] = value
+        return out
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The same numbers in float64 on the CPU: what the reference is given, so that rounding of inputs cancels."""
+    out: Inputs = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.detach().to("cpu", torch.float64).requires_grad_(value.requires_grad)
+        elif isinstance(value, torch.Tensor):
+            value = value.cpu()
+        out[name] = value
+    return out
+
+
+def run(
+    function: Callable[..., Any], inputs: Inputs, backend: str, dtype: torch.dtype, seed: int = 1
+) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of one call, as name -> tensor.
+
+    The cotangents are seeded and rounded to `dtype`, the dtype under test, so that two backends get the same numbers.
+    """
+    result = function(**inputs, backend=backend)
+    outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if isinstance(o, torch.Tensor)]
+    named = {f"out{i}": o for i, o in enumerate(outputs)}
+    leaves = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    differentiable = [o for o in outputs if o.requires_grad]
+    if leaves and differentiable:
+        g = torch.Generator().manual_seed(seed)
+        cotangents = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(dtype).to(o) for o in differentiable]
+        grads = torch.autograd.grad(differentiable, list(leaves.values()), cotangents, allow_unused=True)
+        named |= {f"d{n}": g for n, g in zip(leaves, grads, strict=True) if g is not None}
+    return {n: t.detach() for n, t in named.items()}
+
+
+def tolerance(expected: torch.Tensor, dtype: torch.dtype, reduction: int) -> float:
+    """Largest accepted absolute error: rounding to `dtype` of the result and of one intermediate, plus float32 sums.
+
+    A sum of n terms of one size, rounded at every step, errs by about eps·sqrt(n); 4 covers the spread of the maximum
+    over many elements.
+    """
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    halves = 2 * eps if dtype != torch.float32 else 0.0
+    return max(scale, 1e-30) * (halves + 4 * eps32 * max(reduction, 1) ** 0.5)
+
+
+def compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], reduction: int) -> list[str]:
+    """One line per tensor that is missing, misshapen, not finite, or further off than its tolerance."""
+    wrong = [f"{n}: missing" for n in expected if n not in got]
+    for name, value in got.items():
+        want = expected[name]
+        if value.shape != want.shape:
+            wrong.append(f"{name}: shape {tuple(value.shape)}, expected {tuple(want.shape)}")
+            continue
+        error = (value.cpu().double() - want).abs()
+        limit = tolerance(want, value.dtype, reduction)
+        if value.numel() and not float(error.max()) <= limit:
+            wrong.append(f"{name}: error {float(error.max()):.3g} > {limit:.3g} (values up to {float(want.abs().max()):.3g})")
+    return wrong

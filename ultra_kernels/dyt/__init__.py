@@ -1,0 +1,3 @@
+from .op import dyt
+
+__all__ = ["dyt"]
