@@ -175,3 +175,11 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def full_precision(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block in which autocast leaves float32 products alone, for references that compute in float32 by contract."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ._dispatch import OPS
 
 Inputs = dict[str, Any]  # keyword arguments of the public op; float tensors in float64
 
@@ -44,8 +47,16 @@ class Case:
                     value.requires_grad_(name not in self.constant)
                 else:
                     value = value.to(device)
+            elif hasattr(value, "to"):  # a dataclass of tensors, such as PackedTernary
+                value = value.to(device)
             out[name] = value
         return out
+
+
+def cases(name: str) -> list[Case]:
+    """The cases of one op: CASES in its folder's cases.py, a dict by op name where a folder holds several ops."""
+    found = importlib.import_module(f"{OPS[name].package}.cases").CASES
+    return found[name] if isinstance(found, dict) else found
 
 
 def widened(inputs: Inputs) -> Inputs:
@@ -54,10 +65,17 @@ def widened(inputs: Inputs) -> Inputs:
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             value = value.detach().to("cpu", torch.float64).requires_grad_(value.requires_grad)
-        elif isinstance(value, torch.Tensor):
-            value = value.cpu()
+        elif hasattr(value, "to"):
+            value = value.to("cpu")
         out[name] = value
     return out
+
+
+def _flat(result: Any) -> list[torch.Tensor]:
+    """The tensors of nested tuples, in order."""
+    if isinstance(result, tuple):
+        return [t for part in result for t in _flat(part)]
+    return [result] if isinstance(result, torch.Tensor) else []
 
 
 def run(
@@ -67,8 +85,7 @@ def run(
 
     The cotangents are seeded and rounded to `dtype`, the dtype under test, so that two backends get the same numbers.
     """
-    result = function(**inputs, backend=backend)
-    outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if isinstance(o, torch.Tensor)]
+    outputs = _flat(function(**inputs, backend=backend))
     named = {f"out{i}": o for i, o in enumerate(outputs)}
     leaves = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
     differentiable = [o for o in outputs if o.requires_grad]
@@ -99,6 +116,9 @@ def compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], red
         want = expected[name]
         if value.shape != want.shape:
             wrong.append(f"{name}: shape {tuple(value.shape)}, expected {tuple(want.shape)}")
+            continue
+        if not value.is_floating_point():
+            wrong += [] if torch.equal(value.cpu(), want) else [f"{name}: integers differ"]
             continue
         error = (value.cpu().double() - want).abs()
         limit = tolerance(want, value.dtype, reduction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 
@@ -12,13 +11,13 @@ import torch
 import ultra_kernels
 from ultra_kernels import _native
 from ultra_kernels._dispatch import OPS, BackendUnavailable
-from ultra_kernels._testing import Case, compare, run, widened
+from ultra_kernels._testing import Case, cases, compare, run, widened
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def op_cases() -> list[tuple[str, Case]]:
-    return [(name, case) for name, op in OPS.items() for case in importlib.import_module(f"{op.package}.cases").CASES]
+    return [(name, case) for name in OPS for case in cases(name)]
 
 
 def function(name: str):
@@ -89,7 +88,7 @@ def test_other_instruction_sets(name: str, isa: str) -> None:
     best = C.isa()
     C.set_isa(isa)
     try:
-        for case in importlib.import_module(f"{OPS[name].package}.cases").CASES:
+        for case in cases(name):
             if not case.bench:
                 check(name, "native", case, torch.float32, "cpu")
     finally:
@@ -99,7 +98,7 @@ def test_other_instruction_sets(name: str, isa: str) -> None:
 @pytest.mark.parametrize("name", list(OPS))
 def test_opcheck(name: str) -> None:
     """torch's own audit of the registration: schema, fakes, autograd, AOT dispatch."""
-    case = min(importlib.import_module(f"{OPS[name].package}.cases").CASES, key=lambda c: c.elements)
+    case = min(cases(name), key=lambda c: c.elements)
     inputs = case.inputs(torch.float32)
     calls: list[tuple] = []
 
@@ -132,6 +131,6 @@ def test_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(OPS))
 def test_named_backend_is_refused_with_a_reason(name: str) -> None:
-    case = min(importlib.import_module(f"{OPS[name].package}.cases").CASES, key=lambda c: c.elements)
+    case = min(cases(name), key=lambda c: c.elements)
     with pytest.raises(BackendUnavailable, match=name):
         function(name)(**case.inputs(torch.float32), backend="cuda" if "cuda" not in OPS[name].names else "triton")

@@ -49,10 +49,10 @@ class Fields(BaseModel):
 class ModelFields(Fields):
     """The model fields that two or more components read; a component adds its own in its file."""
 
-    vocab_size: int = Field(50000, ge=8, description="Vocabulary size; at least the tokenizer's.")
-    hidden_size: int = Field(768, ge=1, description="Width of the residual stream.")
-    num_layers: int = Field(12, ge=1, description="Physical layers.")
-    num_loops: int = Field(1, ge=1, description="Passes through the same layers.")
+    vocab_size: int = Field(50000, ge=8, le=1 << 24, description="Vocabulary size; at least the tokenizer's.")
+    hidden_size: int = Field(768, ge=1, le=1 << 16, description="Width of the residual stream.")
+    num_layers: int = Field(12, ge=1, le=1024, description="Physical layers.")
+    num_loops: int = Field(1, ge=1, le=1024, description="Passes through the same layers.")
     num_heads: int = Field(
         12, ge=1, description="Heads of the attention mixers and of ode; divides hidden_size."
     )
@@ -60,7 +60,9 @@ class ModelFields(Fields):
         0.1, ge=0, lt=1, description="On the embedding output and on each mixer's and FFN's output."
     )
     layer_pattern: tuple[str, ...] = Field(
-        ("standard_attn",), min_length=1, description="Mixers of the layers, repeated cyclically over num_layers."
+        ("standard_attn",),
+        min_length=1,
+        description="Mixers of the layers, repeated cyclically over num_layers.",
     )
     norm_type: str = Field(
         "layer_norm", description="Normalisation before each mixer, each FFN and the head."
@@ -92,7 +94,10 @@ class ModelFields(Fields):
         False, description="Token table of reduced width, then a projection."
     )
     factorized_embedding_dim: int = Field(128, ge=1, description="Width of the factorised token table.")
-    ffn_hidden_size: int = Field(3072, ge=1, description="Inner width of the FFN and of each expert.")
+    use_moe: bool = Field(True, description="Mixture of experts as the FFN; false: one dense FFN.")
+    ffn_hidden_size: int = Field(
+        3072, ge=1, le=1 << 20, description="Inner width of the FFN and of each expert."
+    )
     ffn_activation: Literal["silu", "gelu"] = Field("silu", description="Activation of the FFN.")
     ffn_gated: bool = Field(False, description="GeGLU / SwiGLU with inner width 2/3 of ffn_hidden_size.")
     init_std: float = Field(

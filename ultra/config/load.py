@@ -1,4 +1,4 @@
-"""Read a YAML file or a preset, apply overrides, validate; every error says file, line, column and what to write."""
+"""Read a YAML file or a preset, apply overrides, validate; errors say where, what was got, what to write."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ultra.config.yaml12 import MAX_BYTES, ConfigError, Document, Located, Place
 from ultra.config.yaml12 import Path as KeyPath
 
 SECTIONS: dict[str, type[Fields]] = {"model": UltraConfig, "training": TrainingConfig}
+EXAMPLES = {"model": "model: {hidden_size: 768}", "training": "training: {batch_size: 4}"}
 
 
 def presets() -> dict[str, Path]:
@@ -34,8 +35,9 @@ def presets() -> dict[str, Path]:
 def load_config(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The validated, immutable configuration.
 
-    path_or_preset: a YAML file, or the name of one of `presets()`. overrides: `section.field=value`, the value read
-    as YAML, applied in order. Raises ConfigError with all errors, sorted by place. Paths inside are not checked.
+    path_or_preset: a YAML file, or the name of one of `presets()`. overrides: `section.field=value`, the
+    value read as YAML, applied in order. Raises ConfigError with all errors, sorted by place. Whether a path
+    that a field names exists is not checked here.
     """
     source, text = _read(path_or_preset)
     document = parse(text, source)
@@ -49,10 +51,28 @@ def load_config(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> Ru
     return config
 
 
+def explain(field: str) -> str:
+    """Meaning, values and default of `field`, with or without its section. Raises ConfigError if unknown."""
+    schema = json_schema()
+    known = {"model_class": schema["properties"]["model_class"]}
+    for section, fields in SECTIONS.items():
+        properties = schema["$defs"][fields.__name__]["properties"]
+        known |= {f"{section}.{name}": description for name, description in properties.items()}
+    by_name = {path.rpartition(".")[2]: path for path in known}  # no name is in both sections
+    path = field if field in known else by_name.get(field)
+    if path is None:
+        guess = _near(field.rpartition(".")[2], by_name)
+        hint = f"did you mean {by_name[guess]!r}?" if guess else "`ultra schema` lists them all"
+        raise ConfigError(f"{field}: unknown field; {hint}")
+    found = known[path]
+    default = shorten(found["default"], 200)
+    return f"{path}\n  {found['description']}\n  allowed: {allowed(found)}\n  default: {default}"
+
+
 def _read(path_or_preset: str | Path) -> tuple[str, str]:
     name, path = str(path_or_preset), Path(path_or_preset)
     known = presets()
-    if not path.exists() and name in known:
+    if name in known and not path.is_file():
         path = known[name]
         name = str(path)
     try:
@@ -61,9 +81,10 @@ def _read(path_or_preset: str | Path) -> tuple[str, str]:
     except FileNotFoundError:
         guess = path.stem if path.stem in known else _near(path.stem, known)
         hint = f"; did you mean the preset {guess!r}?" if guess else ""
-        raise ConfigError(f"{name}: no such file or preset{hint} Presets: {', '.join(known)}") from None
+        raise ConfigError(f"{name}: no such file or preset{hint}; presets: {', '.join(known)}") from None
     except (OSError, ValueError) as error:
-        reason = "is a folder, not a YAML file" if isinstance(error, IsADirectoryError) else f"unreadable: {error}"
+        folder = isinstance(error, IsADirectoryError)
+        reason = "is a folder, not a YAML file" if folder else f"unreadable: {error}"
         raise ConfigError(f"{name}: {reason}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{name}: larger than {MAX_BYTES >> 20} MiB, which no config is")
@@ -75,22 +96,23 @@ def _read(path_or_preset: str | Path) -> tuple[str, str]:
 
 
 def _check_shape(document: Document, source: str, errors: list[Located]) -> None:
-    """Raise unless the document is a map; drop everything but maps below known top-level keys into `errors`."""
+    """Raise unless the document is a map; move what is not a known top-level key or its map to `errors`."""
     top, start = document.value, document.places.get((), Place(0, 1, 1, source))
     expected = "expected a map with model_class, model and training"
     if top is None:
-        raise ConfigError([Located(start, f"empty file; {expected}, such as `training: {{batch_size: 4}}`")])
+        raise ConfigError([Located(start, f"empty file; {expected}, such as `{EXAMPLES['training']}`")])
     if not isinstance(top, dict):
-        raise ConfigError([Located(start, f"{_kind(top)} at the top level; {expected}")])
+        raise ConfigError(
+            [Located(start, f"{_kind(top)} at the top level; {expected}, such as `{EXAMPLES['training']}`")]
+        )
     for key in list(top):
         place = document.places[key,]
         if key in SECTIONS:
             if top[key] is None:
                 top[key] = {}
             if not isinstance(top[key], dict):
-                errors.append(
-                    Located(place, f"{key}: got {_got(top.pop(key))}; expected a map, such as `{_example(key)}`")
-                )
+                got = _got(top.pop(key))
+                errors.append(Located(place, f"{key}: got {got}; expected a map, such as `{EXAMPLES[key]}`"))
         elif key != "model_class":
             errors.append(Located(place, f"{key}: unknown top-level key; {_hint_top(key)}"))
             del top[key]
@@ -102,11 +124,7 @@ def _apply(override: str, order: int, document: Document, errors: list[Located])
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or len(path) > 2 or (len(path) == 2) != (path[0] in SECTIONS):
-        message = "write section.field=value, such as training.batch_size=2"
-        section = [name for name, model in SECTIONS.items() if path[0] in model.model_fields]
-        if equals and len(path) == 1 and section:
-            message = f"did you mean {section[0]}.{override.strip()}?"
-        errors.append(Located(place, message))
+        errors.append(Located(place, "write section.field=value, such as training.batch_size=2"))
         return
     if len(path) == 1 and path != ("model_class",):
         errors.append(Located(place, f"{path[0]}: unknown top-level key; {_hint_top(path[0])}"))
@@ -152,10 +170,14 @@ def _validate(document: Document, source: str, errors: list[Located]) -> RunConf
 def _messages(
     error: ValidationError, section: str, fields: type[Fields], values: dict[str, Any]
 ) -> Iterator[tuple[KeyPath, str]]:
-    """One message per wrong value; pydantic reports a union once per member, so equal places are merged."""
+    """One message per wrong value.
+
+    pydantic reports a union once per member, and beside a wrong item the list as too short: both are merged.
+    """
     properties = json_schema()["$defs"][fields.__name__]["properties"]
     seen: set[KeyPath] = set()
-    for found in error.errors():
+    items_first = sorted(error.errors(), key=lambda found: -len(found["loc"]))
+    for found in items_first:
         if isinstance(problem := found.get("ctx", {}).get("error"), FieldProblems):
             yield from (((section, field), message) for field, message in problem.problems)
             continue
@@ -164,20 +186,22 @@ def _messages(
             yield (section, name), _unknown(name, section, values[name])
             continue
         # Inside a list, the place of the item: its index follows the field's name.
-        value, schema, path = values[name], properties[name], (section, name)
+        path: KeyPath = (section, name)
+        value, schema = values[name], properties[name]
         index = next((part for part in found["loc"][1:] if isinstance(part, int)), None)
         items = _items(schema)
-        if index is not None and isinstance(value, list) and index < len(value) and len(items) in (0, len(value)):
+        if index is not None and isinstance(value, list) and len(items) in (0, len(value)):
             value, path = value[index], (section, name, index)
             schema = items[index] if items else schema["items"]
         if path not in seen:
-            seen.add(path)
+            seen |= {path, path[:2]}
             yield path, _wrong(value, schema)
 
 
 def _unknown(name: str, section: str, value: Any) -> str:
     if isinstance(value, dict):
-        inner = ", ".join(guess for key in value if (guess := _near(str(key), SECTIONS[section].model_fields)))
+        known = SECTIONS[section].model_fields
+        inner = ", ".join(guess for key in value if (guess := _near(str(key), known)))
         return (
             f"holds a map, but {section} is flat: write its fields directly under {section}:"
             + (f" (perhaps {inner})" if inner else "")
@@ -204,7 +228,10 @@ def _wrong(value: Any, schema: dict[str, Any]) -> str:
 
 def _cure(value: Any, schema: dict[str, Any]) -> str:
     kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
-    names = [name for option in schema.get("anyOf", [schema]) for name in _names(option)]
+    options = schema.get("anyOf", [schema.get("items", schema)])
+    names = [name for option in options for name in _names(option)]
+    if "items" in schema and value is not None and not isinstance(value, (list, dict)):
+        return f"; write [{_near(value, names) or value if isinstance(value, str) else value}]"
     if isinstance(value, str):
         if "|" in value and names and all(part.strip() in names for part in value.split("|")):
             return "; the sample lists the alternatives: write one of them"
@@ -214,8 +241,6 @@ def _cure(value: Any, schema: dict[str, Any]) -> str:
             return f"; write {'true' if value.lower() in ('yes', 'on', 'true', 'y') else 'false'}"
         if kinds & {"integer", "number"} and re.fullmatch(r"[-+.\deE_,]*\d[-+.\deE_,]*", value):
             return f"; write {re.sub('[_,]', '', value)} without quotes, underscores or commas"
-    if "array" in kinds and not isinstance(value, list) and value is not None:
-        return f"; write [{value}]"
     if "integer" in kinds and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     return ""
@@ -232,9 +257,9 @@ def allowed(schema: dict[str, Any]) -> str:
         if items := _items(schema):
             return f"a list of {len(items)}, each {allowed(items[0])}"
         at_least = f" of {schema['minItems']} or more" if "minItems" in schema else ""
-        return f"a list{at_least}, each one of: {allowed(schema['items'])}"
+        return f"a list{at_least}, each {allowed(schema['items'])}"
     limits = [
-        f"{sign} {schema[key]:g}"
+        f"{sign} {schema[key]}"
         for key, sign in [
             ("minimum", ">="),
             ("exclusiveMinimum", ">"),
@@ -256,7 +281,7 @@ def allowed(schema: dict[str, Any]) -> str:
 def _names(schema: dict[str, Any]) -> list[str]:
     if "const" in schema:
         return [schema["const"]]
-    return list(schema.get("enum", []) or (_names(schema["items"]) if "items" in schema else []))
+    return list(schema.get("enum", []))
 
 
 def _items(schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -293,7 +318,3 @@ def _hint_top(key: str) -> str:
             return f"it belongs under {section}:"
     guess = _near(key, ["model_class", *SECTIONS])
     return f"did you mean {guess!r}?" if guess else "allowed: model_class, model, training"
-
-
-def _example(section: str) -> str:
-    return {"model": "model: {hidden_size: 768}", "training": "training: {batch_size: 4}"}[section]

@@ -27,11 +27,13 @@ else:
 
 
 class UltraConfig(EncoderFields, HeadFields, EmbeddingFields, BlockFields):
-    """Architecture of the encoder. It is a RetNetFields, a MambaFields ...: every component takes it whole."""
+    """Architecture of the encoder. It is a RetNetFields, a MambaFields ...: each component takes it whole."""
 
     layer_pattern: tuple[MixerName, ...] = Field(
         ("standard_attn",),
         min_length=1,
         description="Mixers of the layers, repeated cyclically over num_layers.",
     )
-    norm_type: NormName = Field("layer_norm", description="Normalisation before each mixer, FFN and the head.")
+    norm_type: NormName = Field(
+        "layer_norm", description="Normalisation before each mixer, FFN and the head."
+    )

@@ -23,13 +23,15 @@ class RunConfig(Fields):
         "frankenstein", description="mini always factorises the embedding; otherwise the two are the same."
     )
     model: UltraConfig = Field(default_factory=UltraConfig, description="UltraConfig")
-    training: TrainingConfig = Field(default_factory=TrainingConfig, description="TrainingConfig and run time")
+    training: TrainingConfig = Field(
+        default_factory=TrainingConfig, description="TrainingConfig and run time"
+    )
 
     @field_validator("model")
     @classmethod
     def _mini_factorises(cls, model: UltraConfig, info: ValidationInfo) -> UltraConfig:
         if info.data.get("model_class") == "mini" and not model.use_factorized_embedding:
-            log.info("model_class mini: use_factorized_embedding is on, width %d", model.factorized_embedding_dim)
+            log.info("model_class mini turns use_factorized_embedding on")
             return model.model_copy(update={"use_factorized_embedding": True})
         return model
 

@@ -1,8 +1,8 @@
 """YAML as the configuration reads and writes it: the YAML 1.2 core schema, with the place of every value.
 
-Differences from PyYAML's safe loader, which reads YAML 1.1: `1e-6` is a number (not a string), `010` is ten (not
-eight), `yes`, `no`, `on`, `off` and `12:30` are strings. Duplicate keys, tags beyond the core schema and merge keys
-are errors; aliases are followed within the limits below.
+Differences from PyYAML's safe loader, which reads YAML 1.1: `1e-6` is a number (not a string), `010` is ten
+(not eight), `yes`, `no`, `on`, `off` and `12:30` are strings. Duplicate keys and tags beyond the core schema
+are errors, `<<` is a key like any other; aliases are followed within the limits below.
 """
 
 from __future__ import annotations
@@ -60,16 +60,18 @@ class ConfigError(UserError):
 class CoreLoader(yaml.SafeLoader):
     """Composes nodes with YAML 1.2 core tags."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML declares it on the instance
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what both YAML 1.1 and 1.2 readers understand alike: strings that look like numbers are quoted."""
+    """Writes what YAML 1.1 and 1.2 readers understand alike: quotes strings that look like numbers."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+    def represent_sequence(
+        self, tag: str, sequence: Any, flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
         flat = not any(isinstance(item, (dict, list, tuple)) for item in sequence)
         return super().represent_sequence(tag, sequence, flow_style=flat)
 
@@ -107,7 +109,7 @@ def parse(text: str, source: str, *, order: int = 0, inline: bool = False) -> Do
         nonlocal count
         count += 1
         if count > MAX_NODES or len(path) > MAX_DEPTH:
-            raise stop(node.start_mark, f"more than {MAX_NODES} values or {MAX_DEPTH} levels; check the aliases")
+            raise stop(node.start_mark, f"over {MAX_NODES} values or {MAX_DEPTH} levels; check the aliases")
         places.setdefault(path, place(node.start_mark))
         tag = node.tag.removeprefix(_TAG)
         if isinstance(node, yaml.MappingNode) and tag == "map":
@@ -117,7 +119,7 @@ def parse(text: str, source: str, *, order: int = 0, inline: bool = False) -> Do
                     raise stop(key_node.start_mark, "a key must be a field's name")
                 key = key_node.value
                 if key in value:
-                    first = places[*path, key]
+                    first = places[(*path, key)]
                     where = f" (first at line {first.line})" if first.line else ""
                     errors.append(
                         Located(
@@ -126,7 +128,7 @@ def parse(text: str, source: str, *, order: int = 0, inline: bool = False) -> Do
                         )
                     )
                     continue
-                places[*path, key] = place(key_node.start_mark)
+                places[(*path, key)] = place(key_node.start_mark)
                 value[key] = construct(value_node, (*path, key))
             return value
         if isinstance(node, yaml.SequenceNode) and tag == "seq":
@@ -186,9 +188,10 @@ def dotted(path: Path) -> str:
 
 def shorten(value: Any, limit: int = 60) -> str:
     """The value as YAML would show it, cut to `limit` characters."""
-    text = (
-        {None: "null", True: "true", False: "false"}.get(value, repr(value))
-        if value is None or isinstance(value, (bool, int, float, str))
-        else yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
-    )
+    if isinstance(value, (dict, list)):
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    elif value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

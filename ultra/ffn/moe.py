@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from ultra.config.fields import ModelFields, Problem
+from ultra.ffn.dense import inner_width
+from ultra.layers.linear import RMSNorm, init_normal_
+from ultra.layers.module import Component
+from ultra_kernels import MoEStats, moe_ffn
 
 
 class MoEFFNFields(ModelFields):
-    use_moe: bool = Field(True, description="Mixture of experts as the FFN; false: one dense FFN.")
     num_experts: int = Field(4, ge=1, description="Experts per layer.")
     top_k_experts: int = Field(2, ge=1, description="Experts that each token visits.")
     moe_norm_topk: bool | Literal["auto"] = Field(
@@ -40,6 +44,51 @@ class MoEFFNFields(ModelFields):
             )
 
 
-class MoEFFN(nn.Module):
+class MoEFFN(Component):
+    """y_t = sum over the top-k experts e of g_te · FFN_e(x_t), g from a softmax router in float32."""
+
     Fields: ClassVar[type[ModelFields]] = MoEFFNFields
     param_group: ClassVar[str] = "other"
+    no_galore: ClassVar[frozenset[str]] = frozenset({"router.weight"})
+
+    def __init__(self, cfg: MoEFFNFields) -> None:
+        super().__init__()
+        D, E, F = cfg.hidden_size, cfg.num_experts, inner_width(cfg)
+        self.top_k, self.activation, self.gated = cfg.top_k_experts, cfg.ffn_activation, cfg.ffn_gated
+        self.normalize_gates, self.bitnet = cfg.norm_topk, cfg.use_bitnet
+        self.router = nn.Linear(D, E, bias=False)
+        self.w_in = nn.Parameter(torch.empty(E, 2 * F if self.gated else F, D))
+        self.w_out = nn.Parameter(torch.empty(E, D, F))
+        self.sub_norm = RMSNorm(F, 1e-6) if self.bitnet else None
+        init_normal_(self.router.weight, cfg)
+        init_normal_(self.w_in, cfg)
+        init_normal_(self.w_out, cfg, residual_out=True)
+        by_bias = cfg.moe_balance in ("bias", "both")
+        self.bias_rate = cfg.moe_bias_rate if by_bias else 0.0
+        self.aux_weight = cfg.moe_aux_loss if cfg.moe_balance in ("aux", "both") else 0.0
+        self.z_weight = cfg.moe_z_loss
+        self.register_buffer("select_bias", torch.zeros(E) if by_bias else None)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            logits = rows.float() @ self.router.weight.float().t()
+        y, stats = moe_ffn(
+            rows, logits, self.w_in, self.w_out, top_k=self.top_k, activation=self.activation, gated=self.gated,
+            normalize_gates=self.normalize_gates, select_bias=self.select_bias,
+            sub_norm=None if self.sub_norm is None else self.sub_norm.weight, bitnet=self.bitnet,
+        )  # fmt: skip
+        return y.view(x.shape), stats
+
+    def auxiliary_loss(self, stats: MoEStats) -> torch.Tensor:
+        """aux · E Σ_e f_e P_e + z · mean(logsumexp²); f the routed share of tokens, P the mean probability."""
+        share = stats.counts.float() / stats.counts.sum().clamp(min=1)
+        balance = len(share) * (share * stats.mean_prob).sum()
+        return self.aux_weight * balance + self.z_weight * stats.z
+
+    @torch.no_grad()
+    def update_bias(self, counts: torch.Tensor) -> None:
+        """Moves the selection bias of every expert towards the mean load (arXiv:2408.15664); counts `[E]`."""
+        if self.select_bias is not None:
+            load = counts.float()
+            self.select_bias += self.bias_rate * torch.sign(load.mean() - load)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch.nn.functional import silu
 
 from ultra.config.fields import ModelFields, Problem, head_problems
+from ultra.layers.linear import RMSNorm, make_linear
+from ultra.layers.module import Mixer
+from ultra.layers.sequences import Sequences
+from ultra_kernels import retention, rotary
 
 
 class RetNetFields(ModelFields):
@@ -17,7 +23,8 @@ class RetNetFields(ModelFields):
     )
     retention_bidirectional: bool = Field(True, description="Decay by |t-s|; false: causal, as in the paper.")
     retention_window: tuple[float, float] = Field(
-        (4.0, 512.0), description="Memory of the fastest and of the slowest head in tokens: gamma = 1 - 1/window."
+        (4.0, 512.0),
+        description="Memory of the fastest and of the slowest head in tokens: gamma = 1 - 1/window.",
     )
     retention_rotary: bool = Field(True, description="Rotate queries and keys by position.")
     retention_value_factor: int = Field(1, ge=1, le=4, description="Value width over hidden_size.")
@@ -37,6 +44,40 @@ class RetNetFields(ModelFields):
             )
 
 
-class RetNet(nn.Module):
+class RetNet(Mixer):
+    """W_o (silu(G) · norm(Y)), Y = (Q Kᵀ · c_h γ_h^|n-m|) V, with an RMSNorm per head.
+
+    c_h = sqrt((1-γ)/(1+γ)) keeps the scores of order 1 whatever the length, so that padding and batch composition
+    change nothing; the paper's row normalisations are cancelled by the norm that follows.
+    """
+
     Fields: ClassVar[type[ModelFields]] = RetNetFields
     param_group: ClassVar[str] = "retnet"
+
+    def __init__(self, cfg: RetNetFields) -> None:
+        super().__init__(cfg)
+        D, self.H = cfg.hidden_size, cfg.retention_heads
+        self.K = D // self.H
+        self.V = self.K * cfg.retention_value_factor
+        self.direction = "bidirectional" if cfg.retention_bidirectional else "forward"
+        self.chunk_size = cfg.retention_chunk
+        self.qkvg = make_linear(cfg, D, 2 * self.H * (self.K + self.V))
+        self.head_norm = RMSNorm(self.V, cfg.rms_norm_eps, affine=False)
+        self.out = make_linear(cfg, self.H * self.V, D, sub_norm=True, residual_out=True)
+        gamma = 1 - 1 / torch.logspace(*(math.log2(w) for w in cfg.retention_window), self.H, base=2.0)
+        self.register_buffer("log_decay", gamma.log(), persistent=False)
+        self.register_buffer("scale", self.K**-0.5 * ((1 - gamma) / (1 + gamma)).sqrt(), persistent=False)
+        angles = 10000.0 ** -torch.linspace(0, 1, self.K // 2)
+        self.register_buffer("inv_freq", angles if cfg.retention_rotary else None, persistent=False)
+
+    def forward(self, x: torch.Tensor, seqs: Sequences) -> torch.Tensor:
+        B, T, _ = x.shape
+        q, k, v, g = self.qkvg(x).split([self.H * n for n in (self.K, self.K, self.V, self.V)], -1)
+        q, k, v = (t.view(B, T, self.H, -1) for t in (q, k, v))
+        if self.inv_freq is not None:
+            q, k = (rotary(t, seqs.positions, inv_freq=self.inv_freq) for t in (q, k))
+        y = retention(
+            q, k, v, self.log_decay, scale=self.scale, direction=self.direction, cu_seqlens=seqs.cu_seqlens,
+            chunk_size=self.chunk_size,
+        )  # fmt: skip
+        return self.out(silu(g) * self.head_norm(y).reshape(g.shape))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import nn
 
 from ultra.config.fields import ModelFields, Problem, attention_problems
+from ultra.layers.attention import SelfAttention
+from ultra.layers.sequences import Sequences
+from ultra_kernels import sigmoid_attention
 
 
 class SigmoidAttentionFields(ModelFields):
@@ -26,6 +29,17 @@ class SigmoidAttentionFields(ModelFields):
             )
 
 
-class SigmoidAttention(nn.Module):
+class SigmoidAttention(SelfAttention):
+    """sigmoid(q kᵀ / sqrt(K) + b) v with b = -ln n: rows do not couple, and sum to about 1 at initialisation."""
+
     Fields: ClassVar[type[ModelFields]] = SigmoidAttentionFields
     param_group: ClassVar[str] = "attention"
+
+    def __init__(self, cfg: SigmoidAttentionFields) -> None:
+        # Without a sum over the row nothing bounds the logits, so queries and keys are normalised by default.
+        super().__init__(cfg, rotary=cfg.position_encoding != "none", qk_norm=cfg.qk_norm is not False)
+        self.bias = None if cfg.sigmoid_bias == "auto" else cfg.sigmoid_bias
+        self.normalize = cfg.sigmoid_normalize
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqs: Sequences) -> torch.Tensor:
+        return sigmoid_attention(q, k, v, bias=self.bias, normalize=self.normalize, cu_seqlens=seqs.cu_seqlens)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from ultra.config.fields import ModelFields, Problem, attention_problems
+from ultra.layers.attention import SelfAttention
 
 
 class StandardAttentionFields(ModelFields):
@@ -15,6 +16,11 @@ class StandardAttentionFields(ModelFields):
         yield from attention_problems(self, "standard_attn")
 
 
-class StandardAttention(nn.Module):
+class StandardAttention(SelfAttention):
+    """softmax(q kᵀ / sqrt(K)) v."""
+
     Fields: ClassVar[type[ModelFields]] = StandardAttentionFields
     param_group: ClassVar[str] = "attention"
+
+    def __init__(self, cfg: StandardAttentionFields) -> None:
+        super().__init__(cfg, rotary=cfg.position_encoding != "none", qk_norm=cfg.qk_norm is True)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.functional import conv1d, pad
 
 from ultra.config.fields import ModelFields
+from ultra.layers.linear import init_normal_
+from ultra.layers.module import Component
+from ultra.layers.sequences import Sequences
 
 
 class EmbeddingFields(ModelFields):
@@ -24,6 +29,61 @@ class EmbeddingFields(ModelFields):
     )
 
 
-class Embedding(nn.Module):
+class Embedding(Component):
+    """e = s · P (t + Conv(t)), t the token's row of the table; P, Conv and s are optional."""
+
     Fields: ClassVar[type[ModelFields]] = EmbeddingFields
     param_group: ClassVar[str] = "embeddings"
+    no_decay: ClassVar[frozenset[str]] = frozenset({"scale"})
+
+    def __init__(self, cfg: EmbeddingFields) -> None:
+        super().__init__()
+        width = cfg.factorized_embedding_dim if cfg.use_factorized_embedding else cfg.hidden_size
+        self.table = nn.Embedding(cfg.vocab_size, width)
+        init_normal_(self.table.weight, cfg)
+        self.conv = EmbeddingConv(cfg, width) if cfg.use_embedding_conv else None
+        self.projection = None
+        if cfg.use_factorized_embedding:
+            self.projection = nn.Linear(width, cfg.hidden_size, bias=False)
+            nn.init.normal_(self.projection.weight, 0.0, width**-0.5)  # keeps the rows' root mean square
+        scaled = cfg.norm_type != "layer_norm" if cfg.embedding_scale == "auto" else cfg.embedding_scale
+        self.scale = nn.Parameter(torch.tensor(cfg.hidden_size**0.5)) if scaled else None
+
+    def forward(self, ids: torch.Tensor, seqs: Sequences) -> torch.Tensor:
+        x = self.table(ids)
+        if self.conv is not None:
+            x = self.conv(x, seqs)
+        if self.projection is not None:
+            x = self.projection(x)
+        return x if self.scale is None else x * self.scale
+
+
+class EmbeddingConv(Component):
+    """y = x + Conv1d(x) along each sequence, exactly T outputs for any kernel; near the identity at first."""
+
+    param_group: ClassVar[str] = "embeddings"
+
+    def __init__(self, cfg: EmbeddingFields, width: int) -> None:
+        super().__init__()
+        self.kernel, self.residual = cfg.embedding_conv_kernel, cfg.embedding_conv_residual
+        self.groups = width if cfg.embedding_conv_depthwise else 1
+        self.left = self.kernel - 1 if cfg.embedding_conv_causal else (self.kernel - 1) // 2
+        self.weight = nn.Parameter(torch.empty(width, width // self.groups, self.kernel))
+        init_normal_(self.weight, cfg)
+
+    def forward(self, x: torch.Tensor, seqs: Sequences) -> torch.Tensor:
+        y = self.dense(x) if seqs.cu_seqlens is None else self.packed(x, seqs.cu_seqlens)
+        return x + y if self.residual else y
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        padded = pad(x.transpose(1, 2), (self.left, self.kernel - 1 - self.left))
+        return conv1d(padded, self.weight, groups=self.groups).transpose(1, 2)
+
+    def packed(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """One row with kernel - 1 zeros between the sequences: a tap beyond a border reads zeros."""
+        T, gap = x.shape[1], self.kernel - 1
+        place = torch.arange(T, device=x.device)
+        sequence = torch.searchsorted(cu_seqlens, place.to(cu_seqlens.dtype), right=True) - 1
+        spread = place + gap * sequence
+        row = x.new_zeros(1, T + gap * (len(cu_seqlens) - 1), x.shape[2]).index_copy(1, spread, x)
+        return self.dense(row).index_select(1, spread)

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
 
 from ultra.config.fields import ModelFields
+from ultra.ffn.moe import MoEFFN
+from ultra.layers.module import GROUPS, Component
+from ultra.layers.sequences import Sequences, unpad
+from ultra.model.block import Block
+from ultra.model.embedding import Embedding
+from ultra.model.head import MLMHead
+from ultra.norms import NORMS
+from ultra_kernels import MoEStats
+
+if TYPE_CHECKING:
+    from ultra.config import RunConfig, UltraConfig
 
 
 class EncoderFields(ModelFields):
@@ -30,5 +46,172 @@ class EncoderFields(ModelFields):
     )
 
 
-class Encoder(nn.Module):
+@dataclass
+class MLMOutput:
+    """What a forward pass returns; the numbers of a loss are None without labels."""
+
+    last_hidden_state: torch.Tensor  # [B,T,D] after the final norm, zero at padding
+    loss: torch.Tensor | None  # mean cross-entropy over labelled tokens + aux_loss
+    loss_sum: torch.Tensor | None  # its sum over labelled tokens
+    num_labelled: torch.Tensor | None
+    aux_loss: torch.Tensor  # MoE balance and z-loss, mean over logical layers; 0 without MoE
+    moe_stats: tuple[MoEStats, ...]  # one per logical layer, detached
+    _rows: torch.Tensor  # hidden rows that `logits` multiplies
+    _head: MLMHead
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[M,V]` of the M labelled tokens, or of all tokens `[B,T,V]` without labels; computed when read."""
+        return self._head.logits(self._rows)
+
+
+class Encoder(Component):
+    """Token ids -> hidden states -> masked-language-model loss."""
+
     Fields: ClassVar[type[ModelFields]] = EncoderFields
+
+    def __init__(self, cfg: UltraConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = Embedding(cfg)
+        self.layers = nn.ModuleList(
+            Block(cfg, mixer, use_moe=cfg.use_moe, layerscale_init=cfg.layerscale_init) for mixer in cfg.mixers
+        )
+        self.loops = Loops(cfg) if cfg.num_loops > 1 else None
+        self.final_norm = NORMS[cfg.norm_type](cfg, cfg.hidden_size, site="final")
+        self.head = MLMHead(cfg, self.embedding)
+        for module in self.modules():
+            for name in module.no_galore if isinstance(module, Component) else ():
+                parameter = module.get_parameter(name) if has_parameter(module, name) else None
+                if parameter is not None:
+                    parameter.no_galore = True  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> MLMOutput:
+        """input_ids, attention_mask (non-zero = token), labels (-100 = none) `[B,T]`.
+
+        Or packed rows: input_ids, labels `[1,T]` with cu_seqlens (int32 `[S+1]`) and max_seqlen, no attention_mask.
+        Padding is taken out here and put back into last_hidden_state: the layers never see it.
+        """
+        B, T = check_inputs(input_ids, attention_mask, labels, cu_seqlens, max_seqlen)
+        tokens = None  # flat numbers of the real tokens, where there is padding
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            tokens, cu_seqlens, max_seqlen = unpad(attention_mask)
+            input_ids = input_ids.reshape(-1)[tokens][None]
+            labels = None if labels is None else labels.reshape(-1)[tokens][None]
+        if cu_seqlens is None:
+            seqs = Sequences.dense(T, input_ids.device)
+        else:
+            assert max_seqlen is not None
+            seqs = Sequences.packed(cu_seqlens, max_seqlen, input_ids.shape[1])
+        hidden, stats = self.encode(input_ids, seqs)
+        aux_loss = self.auxiliary_loss(stats, hidden)
+        loss = loss_sum = num_labelled = None
+        rows = hidden
+        if labels is not None:
+            chosen = (labels.reshape(-1) != -100).nonzero().squeeze(1)
+            rows = hidden.reshape(-1, hidden.shape[-1])[chosen]
+            loss_sum = self.head.loss(rows, labels.reshape(-1)[chosen])
+            num_labelled = torch.tensor(len(chosen), device=hidden.device)
+            loss = loss_sum / num_labelled.clamp(min=1) + aux_loss
+        if tokens is not None:
+            flat = hidden.new_zeros(B * T, hidden.shape[-1]).index_copy(0, tokens, hidden[0])
+            hidden = flat.view(B, T, -1)
+            rows = hidden if labels is None else rows
+        detached = tuple(MoEStats(*(t.detach() for t in s)) for s in stats)
+        return MLMOutput(hidden, loss, loss_sum, num_labelled, aux_loss, detached, rows, self.head)
+
+    def encode(self, ids: torch.Tensor, seqs: Sequences) -> tuple[torch.Tensor, list[MoEStats]]:
+        """ids `[B,T]` -> hidden states after the final norm, and the routing statistics of every logical layer."""
+        embedded = dropout(self.embedding(ids, seqs), self.cfg.dropout, self.training)
+        x, all_stats = embedded, []
+        for loop in range(self.cfg.num_loops):
+            if self.loops is not None and loop > 0:
+                x = self.loops(x, embedded, loop)
+            for layer in self.layers:
+                if self.cfg.gradient_checkpointing and torch.is_grad_enabled():
+                    x, stats = checkpoint(layer, x, seqs, use_reentrant=False)
+                else:
+                    x, stats = layer(x, seqs)
+                if stats is not None:
+                    all_stats.append(stats)
+        return self.final_norm(x), all_stats
+
+    def auxiliary_loss(self, stats: list[MoEStats], like: torch.Tensor) -> torch.Tensor:
+        losses = [self.layers[i % len(self.layers)].ffn.auxiliary_loss(s) for i, s in enumerate(stats)]
+        return torch.stack(losses).mean() if losses else like.new_zeros((), dtype=torch.float32)
+
+    def update_moe_bias(self, moe_stats: Sequence[MoEStats]) -> None:
+        """After an optimizer step: balances the experts by their load in that step, summed over loops."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.ffn, MoEFFN):
+                loads = [s.counts for s in moe_stats[i :: len(self.layers)]]
+                if loads:
+                    layer.ffn.update_bias(torch.stack(loads).sum(0))
+
+    def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter, bool]]]:
+        """Optimizer group -> (name, parameter, decayed?). Every parameter is in the group of its nearest Component."""
+        groups: dict[str, list[tuple[str, nn.Parameter, bool]]] = {group: [] for group in GROUPS}
+        modules = dict(self.named_modules())
+        for name, parameter in self.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            owner = modules[path]
+            while not isinstance(owner, Component):
+                path = path.rpartition(".")[0]
+                owner = modules[path]
+            decay = "bias" not in leaf and leaf not in owner.no_decay
+            groups[owner.param_group].append((name, parameter, decay))
+        return groups
+
+
+class Loops(Component):
+    """Start of loop l ≥ 1: h + g_l · e + t_l, e the embedding; g and t are zero at first, so that nothing changes."""
+
+    param_group: ClassVar[str] = "embeddings"
+
+    def __init__(self, cfg: EncoderFields) -> None:
+        super().__init__()
+        shape = (cfg.num_loops - 1, cfg.hidden_size)
+        self.gate = nn.Parameter(torch.zeros(shape)) if cfg.loop_injection == "gated" else None
+        self.token = nn.Parameter(torch.zeros(shape)) if cfg.loop_embedding else None
+
+    def forward(self, x: torch.Tensor, embedded: torch.Tensor, loop: int) -> torch.Tensor:
+        if self.gate is not None:
+            x = x + self.gate[loop - 1] * embedded
+        return x if self.token is None else x + self.token[loop - 1]
+
+
+def has_parameter(module: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in module.named_parameters())
+
+
+def check_inputs(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[int, int]:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [B,T]")
+    for name, t in (("attention_mask", attention_mask), ("labels", labels)):
+        if t is not None and t.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, input_ids has {tuple(input_ids.shape)}")
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("cu_seqlens and attention_mask exclude each other: packed rows have no padding")
+        if input_ids.shape[0] != 1 or max_seqlen is None:
+            raise ValueError("with cu_seqlens, input_ids is [1,T] and max_seqlen (an int) is needed as well")
+    return input_ids.shape[0], input_ids.shape[1]
+
+
+def build_model(cfg: RunConfig | UltraConfig) -> Encoder:
+    """The encoder that a loaded config (or its model section) describes, freshly initialised from torch's generator."""
+    return Encoder(getattr(cfg, "model", cfg))

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from ultra.config.fields import ModelFields
+from ultra.layers.module import Component
+from ultra.norms.site import Site
+from ultra_kernels import dyt
 
 
 class DynamicTanhFields(ModelFields):
     """None of its own."""
 
 
-class DynamicTanh(nn.Module):
+class DynamicTanh(Component):
     Fields: ClassVar[type[ModelFields]] = DynamicTanhFields
     param_group: ClassVar[str] = "norms"
+    no_decay: ClassVar[frozenset[str]] = frozenset({"alpha"})
+
+    def __init__(self, cfg: DynamicTanhFields, dim: int, site: Site) -> None:
+        super().__init__()
+        alpha = initial_alpha(dim, site) if cfg.norm_alpha_init == "auto" else cfg.norm_alpha_init
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dyt(x, self.alpha, self.weight, self.bias)
+
+
+def initial_alpha(dim: int, site: Site) -> float:
+    """The paper's values for language models, table 12: smaller for wider models, larger before attention."""
+    if dim <= 1024:
+        return 1.0
+    mixer, other = (0.8, 0.2) if dim <= 4096 else (0.6, 0.15) if dim < 8192 else (0.2, 0.05)
+    return mixer if site == "mixer" else other

@@ -61,30 +61,44 @@ def save(
     root.mkdir(parents=True, exist_ok=True)
     clean(run_dir)
     temporary = root / f".tmp-{target.name}"
-    temporary.mkdir()
-    texts = {
-        "state.json": json.dumps(state, indent=1, allow_nan=False),
-        "config.yaml": config,
-        "tokenizer.json": tokenizer,
-    }
-    for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary / name)
-    for name, text in texts.items():
-        (temporary / name).write_text(text, encoding="utf-8")
-    files = sorted(temporary.iterdir())
-    for path in files:
-        _sync(path)
-    entries = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    _sync(temporary)
+    try:
+        _write(temporary, model, optimizer, state, config, tokenizer)
+    except OSError:  # a full disk: give back what the attempt took
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if target.exists():  # a damaged folder, or a step reached again after going back
         target.rename(root / f".old-{target.name}")
     temporary.rename(target)
     _sync(root)
     clean(run_dir)
     return target
+
+
+def _write(
+    path: Path,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    config: str,
+    tokenizer: str,
+) -> None:
+    path.mkdir()
+    for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+        try:
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path / name)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"{path / name}: {error}") from error
+    (path / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+    (path / "config.yaml").write_text(config, encoding="utf-8")
+    (path / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    files = sorted(path.iterdir())
+    for file in files:
+        _sync(file)
+    entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    _sync(path)
 
 
 def clean(run_dir: Path) -> None:
@@ -212,11 +226,16 @@ def copy_into(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> Non
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows syncs neither folders nor files opened for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ def projection(grad: Tensor, rank: int, previous: Tensor | None, method: str) ->
     """Orthonormal basis P [m, rank] of the leading left singular subspace of grad [m, n].
 
     randomized: range finder with one power iteration, started from `previous` and OVERSAMPLING fixed random
-    directions, so that equal inputs give equal bits. exact: the SVD.
+    directions, so that equal inputs give equal bits. svd: exact.
     """
     m, n = grad.shape
-    if method == "exact":
+    if method == "svd":
         return torch.linalg.svd(grad, full_matrices=False)[0][:, :rank].contiguous()
     generator = torch.Generator(grad.device).manual_seed(0)
     fresh = min(rank + OVERSAMPLING, m) - (0 if previous is None else rank)
@@ -42,6 +43,7 @@ class GaLore(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    _armed: tuple[Tensor, Tensor] | None = None  # (skip, loss scale) of the coming backward pass
 
     def __init__(
         self,
@@ -60,10 +62,36 @@ class GaLore(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             raise ValueError("GaLore.step takes no closure: gradients come from accumulated micro-batches")
+        self._armed = None
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, group)
+
+    def update_in_backward(self, max_norm: float) -> None:
+        """From now on each armed backward pass updates every matrix as soon as its gradient is whole, and frees it.
+
+        The gradient is clipped to max_norm matrix by matrix, and one that is not finite moves nothing.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.register_post_accumulate_grad_hook(partial(self._on_gradient, group, max_norm))
+
+    def arm(self, skip: Tensor, loss_scale: Tensor) -> None:
+        """Let the next backward pass update; a pass that only diagnoses is not armed."""
+        self._armed = (skip, loss_scale)
+
+    @torch.no_grad()
+    def _on_gradient(self, group: dict[str, Any], max_norm: float, param: Tensor) -> None:
+        if self._armed is None:
+            return
+        skip, loss_scale = self._armed
+        assert param.grad is not None
+        norm = torch.linalg.vector_norm(param.grad) / loss_scale
+        self.found_inf = (skip | ~torch.isfinite(norm)).float()
+        param.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1) / loss_scale)
+        self._update(param, group)
+        param.grad = None
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         assert param.grad is not None

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ultra.config.training import TrainingConfig
+from ultra.config.training import GROUPS, GroupOptim, TrainingConfig
 from ultra.errors import UserError
 from ultra.train.galore import GaLore
 from ultra.train.schedule import travel
 
 log = logging.getLogger(__name__)
 
-GROUPS = ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
 NamedParam = tuple[str, nn.Parameter, bool]  # name, parameter, whether weight decay applies
 
 
@@ -25,10 +24,7 @@ class Group:
 
     name: str
     params: list[NamedParam]
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
+    optim: GroupOptim
 
     @property
     def tensors(self) -> list[nn.Parameter]:
@@ -51,17 +47,7 @@ def collect_groups(model: nn.Module, cfg: TrainingConfig) -> list[Group]:
         raise ValueError(f"parameters in no group: {', '.join(missing)}")
     if set(seen) - set(trainable):
         raise ValueError("a group holds a parameter that the model does not have or that is frozen")
-    return [
-        Group(
-            name,
-            named.get(name, []),
-            getattr(cfg, f"lr_{name}"),
-            getattr(cfg, f"wd_{name}"),
-            getattr(cfg, f"betas_{name}"),
-            getattr(cfg, f"eps_{name}"),
-        )
-        for name in GROUPS
-    ]
+    return [Group(name, named.get(name, []), cfg.optim(name)) for name in GROUPS]
 
 
 def table(groups: list[Group]) -> str:
@@ -70,10 +56,9 @@ def table(groups: list[Group]) -> str:
     for g in groups:
         if g.params:
             count = f"{sum(p.numel() for p in g.tensors):,}"
-            betas = f"{g.betas[0]:g}, {g.betas[1]:g}"
-            rows.append(
-                (g.name, str(len(g.params)), count, f"{g.lr:g}", f"{g.weight_decay:g}", betas, f"{g.eps:g}")
-            )
+            o = g.optim
+            betas = f"{o.betas[0]:g}, {o.betas[1]:g}"
+            rows.append((g.name, str(len(g.params)), count, f"{o.lr:g}", f"{o.wd:g}", betas, f"{o.eps:g}"))
         else:
             rows.append((g.name, "absent", "", "", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -90,11 +75,11 @@ def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingCon
     """Adam moves a weight by at most about its rate per step: below init_std in all, the run stays near its start."""
     reach = travel(steps, cfg)
     for group in groups:
-        if group.params and group.lr * reach < init_std:
+        if group.params and group.optim.lr * reach < init_std:
             log.warning(
                 "training.lr_%s=%g over %d steps moves a weight by at most about %.2g, less than its initial "
                 "standard deviation %g: these parameters hardly train. Raise lr_%s, or train longer.",
-                group.name, group.lr, steps, group.lr * reach, init_std, group.name,
+                group.name, group.optim.lr, steps, group.optim.lr * reach, init_std, group.name,
             )  # fmt: skip
 
 
@@ -110,26 +95,31 @@ class GroupedOptimizer:
         self.names = {id(param): name for group in groups for name, param, _ in group.params}
         plain, projected = [], []
         for group in groups:
-            low_rank = [entry for entry in group.params if cfg.use_galore and self._eligible(entry, group, cfg)]
+            low_rank = [
+                entry for entry in group.params if cfg.use_galore and self._eligible(entry, group, cfg)
+            ]
             chosen = {name for name, _, _ in low_rank}
             rest = [entry for entry in group.params if entry[0] not in chosen]
-            plain.append(self._torch_group(group, [p for _, p, decay in rest if decay], group.weight_decay))
+            plain.append(self._torch_group(group, [p for _, p, decay in rest if decay], group.optim.wd))
             plain.append(self._torch_group(group, [p for _, p, decay in rest if not decay], 0.0))
-            projected.append(self._torch_group(group, [p for _, p, _ in low_rank], group.weight_decay))
+            projected.append(self._torch_group(group, [p for _, p, _ in low_rank], group.optim.wd))
         self.parts: list[torch.optim.Optimizer] = []
         if plain := [g for g in plain if g["params"]]:
             self.parts.append(torch.optim.AdamW(plain, fused=True))
+        self.per_layer: GaLore | None = None
         if projected := [g for g in projected if g["params"]]:
-            self.parts.append(
-                GaLore(
-                    projected,
-                    rank=cfg.galore_rank,
-                    interval=cfg.galore_update_interval,
-                    scale=cfg.galore_scale,
-                    rotate=cfg.galore_rotate_moments,
-                    method=cfg.galore_method,
-                )
+            galore = GaLore(
+                projected,
+                rank=cfg.galore_rank,
+                interval=cfg.galore_update_interval,
+                scale=cfg.galore_scale,
+                rotate=cfg.galore_rotate_moments,
+                method=cfg.galore_method,
             )
+            self.parts.append(galore)
+            if cfg.galore_per_layer:
+                galore.update_in_backward(cfg.grad_clip_max_norm)
+                self.per_layer = galore
             count = sum(len(g["params"]) for g in projected)
             log.info("GaLore: %d matrices with moments of rank %d", count, cfg.galore_rank)
             if cfg.galore_update_interval == 1:
@@ -160,12 +150,12 @@ class GroupedOptimizer:
     def _torch_group(group: Group, params: list[nn.Parameter], weight_decay: float) -> dict:
         return {
             "params": params,
-            "lr": group.lr,
-            "base_lr": group.lr,
+            "lr": group.optim.lr,
+            "base_lr": group.optim.lr,
             "weight_decay": weight_decay,
             "base_weight_decay": weight_decay,
-            "betas": group.betas,
-            "eps": group.eps,
+            "betas": group.optim.betas,
+            "eps": group.optim.eps,
         }
 
     @property
@@ -178,6 +168,11 @@ class GroupedOptimizer:
             for group in part.param_groups:
                 group["lr"] = group["base_lr"] * factor
                 group["weight_decay"] = group["base_weight_decay"] * decay
+
+    def before_backward(self, skip: Tensor, loss_scale: Tensor) -> None:
+        """With galore_per_layer the coming backward pass updates the projected matrices, unless `skip` (0-d bool)."""
+        if self.per_layer is not None:
+            self.per_layer.arm(skip, loss_scale)
 
     def step(self, skip: Tensor) -> None:
         """One update; `skip` (0-d float on the parameters' device) is 1 where nothing may move, 0 otherwise."""
@@ -202,7 +197,10 @@ class GroupedOptimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of state_tensors. Raises UserError where a name or a shape does not fit."""
         owners = {
-            self.names[id(p)]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]
+            self.names[id(p)]: (part, p)
+            for part in self.parts
+            for g in part.param_groups
+            for p in g["params"]
         }
         for part in self.parts:
             part.state.clear()

@@ -1,0 +1,3 @@
+from ultra.cli import entry_point
+
+entry_point()

@@ -1,0 +1,1 @@
+"""Parts that several mixers share: linear maps, norms without a choice, sequences, attention."""

@@ -1,0 +1,73 @@
+"""Linear maps of the blocks: plain, or BitLinear where `use_bitnet` puts one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ultra.config.fields import ModelFields
+from ultra.layers.module import Component
+from ultra_kernels import bitlinear
+
+
+class RMSNorm(Component):
+    """weight · x / sqrt(mean(x²) + eps) over the last axis, statistics in float32 (arXiv:1910.07467).
+
+    Where a formula needs a norm whatever `norm_type` says: per head in retention, queries and keys, inside BitLinear.
+    """
+
+    param_group = "norms"
+
+    def __init__(self, dim: int, eps: float, *, affine: bool = True) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        return torch.nn.functional.rms_norm(x.float(), (self.dim,), weight, self.eps).to(x.dtype)
+
+
+class BitLinear(nn.Module):
+    """y = Q8(norm(x)) · Q1.58(W)ᵀ with straight-through gradients (BitNet b1.58, arXiv:2402.17764).
+
+    norm: RMSNorm of the input in the same pass (SubLN) or none. No bias, so that `use_bitnet` changes no other
+    parameter of the architecture.
+    """
+
+    def __init__(self, cfg: ModelFields, in_features: int, out_features: int, *, norm: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.norm = RMSNorm(in_features, 1e-6) if norm else None
+        self.scale = cfg.bitnet_scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm_weight = None if self.norm is None else self.norm.weight
+        return bitlinear(x, self.weight, norm_weight=norm_weight, scale=self.scale)
+
+
+def make_linear(
+    cfg: ModelFields, in_features: int, out_features: int, *, sub_norm: bool = False, residual_out: bool = False
+) -> nn.Module:
+    """A linear map of a block, without bias.
+
+    sub_norm: a BitLinear here has its own RMSNorm (before out- and down-projections; everywhere when the block's norm
+    is pointwise and does not fix the scale). residual_out: the map writes to the residual stream, so its initial
+    standard deviation shrinks with the logical depth.
+    """
+    if cfg.use_bitnet:
+        norm = sub_norm or cfg.norm_type != "layer_norm"
+        linear: nn.Module = BitLinear(cfg, in_features, out_features, norm=norm)
+    else:
+        linear = nn.Linear(in_features, out_features, bias=False)
+    init_normal_(linear.weight, cfg, residual_out=residual_out)  # type: ignore[arg-type]
+    return linear
+
+
+@torch.no_grad()
+def init_normal_(weight: torch.Tensor, cfg: ModelFields, *, residual_out: bool = False) -> None:
+    """N(0, init_std) cut at 3 sigma; maps into the residual stream × 1/sqrt(2 · layers · loops)."""
+    std = cfg.init_std
+    if residual_out:
+        std /= (2 * cfg.num_layers * cfg.num_loops) ** 0.5
+    nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)

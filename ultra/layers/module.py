@@ -1,0 +1,42 @@
+"""What a component declares about itself: its YAML fields, its optimizer group, its exceptions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ultra.config.fields import ModelFields
+    from ultra.layers.sequences import Sequences
+
+GROUPS = ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
+
+
+class Component(nn.Module):
+    """A module with its own YAML fields. A parameter belongs to the group of the nearest enclosing Component.
+
+    no_decay: names of its own parameters that are never decayed (biases never are, wherever they stand).
+    no_galore: names of its own or its children's parameters whose updates are never projected.
+    """
+
+    Fields: ClassVar[type[ModelFields]]
+    param_group: ClassVar[str] = "other"
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+    no_galore: ClassVar[frozenset[str]] = frozenset()
+
+
+class Mixer(Component):
+    """Mixes tokens: x `[B,T,D]` -> increment `[B,T,D]`; the block adds it to the residual stream.
+
+    prenorm: whether the block normalises x first. A mixer that normalises inside says False and gets x itself.
+    """
+
+    prenorm: ClassVar[bool] = True
+
+    def __init__(self, cfg: ModelFields) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, seqs: Sequences) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} does not define forward")

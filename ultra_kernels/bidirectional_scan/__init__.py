@@ -1,0 +1,3 @@
+from .op import bidirectional_scan
+
+__all__ = ["bidirectional_scan"]

@@ -1,0 +1,3 @@
+from .op import bitlinear
+
+__all__ = ["bitlinear"]

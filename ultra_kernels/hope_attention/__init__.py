@@ -1,0 +1,3 @@
+from .op import hope_attention
+
+__all__ = ["hope_attention"]

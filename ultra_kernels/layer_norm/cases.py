@@ -1,0 +1,48 @@
+"""Shapes, inputs, bytes and flops of layer normalisation, for tests and bench."""
+
+from __future__ import annotations
+
+import torch
+
+from .._testing import Case, Inputs
+
+
+def _case(
+    name: str, *shape: int, transposed: bool = False, residual: bool = False, offset: float = 0.5, bench: bool = False
+) -> Case:
+    rows, D = int(torch.Size(shape[:-1]).numel()), shape[-1]
+
+    def make(g: torch.Generator) -> Inputs:
+        def draw() -> torch.Tensor:
+            return 2 * torch.randn(*shape, generator=g, dtype=torch.float64) + offset
+
+        x = draw()
+        if transposed:  # the same values read through other strides
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return {
+            "x": x,
+            "weight": 1 + 0.3 * torch.randn(D, generator=g, dtype=torch.float64),
+            "bias": 0.3 * torch.randn(D, generator=g, dtype=torch.float64),
+        } | ({"residual": draw()} if residual else {})
+
+    return Case(
+        name=name,
+        make=make,
+        small=("weight", "bias"),
+        reduction=max(rows, D),
+        elements=(4 if residual else 2) * rows * D,
+        flops=8 * rows * D,
+        bench=bench,
+    )
+
+
+CASES = [
+    _case("rows1-D3", 1, 3),
+    _case("rows0-D8", 0, 8),
+    _case("rows1-D63", 1, 63),
+    _case("B3-T7-D113", 3, 7, 113),
+    _case("residual-T63-D64", 63, 64, residual=True),
+    _case("strided-B4-T5-D40", 4, 5, 40, transposed=True),
+    _case("T512-D384", 512, 384),
+    _case("standard-T4096-D768", 4096, 768, bench=True),
+]

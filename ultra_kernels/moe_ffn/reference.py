@@ -1,0 +1,167 @@
+"""Mixture-of-experts FFN in PyTorch; the contract is in op.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from .._dispatch import define_differentiable
+from ..bitlinear.reference import fake_quantize_tokens, fake_quantize_weight, rms_norm
+
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,  # the erf form
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+
+
+class MoEStats(NamedTuple):
+    """What the router did: counts int64 `[E]`, tokens per expert; mean_prob `[E]`, the mean softmax; z `[]`, the mean
+    squared logsumexp. The last two are float32 and differentiable, for the balance and z losses."""
+
+    counts: torch.Tensor
+    mean_prob: torch.Tensor
+    z: torch.Tensor
+
+
+class _Take(torch.autograd.Function):
+    """x[index], where every row of x is taken `copies` times and `back` lists, row by row, where its copies went.
+
+    The gradient is a gather and a sum: index_select's own is an index_add_, serial on the CPU, atomic on CUDA.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, back: torch.Tensor, copies: int) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        gathered = grad.index_select(0, back)
+        if ctx.copies > 1:
+            gathered = gathered.unflatten(0, (-1, ctx.copies)).sum(1, dtype=wide).to(grad.dtype)
+        return gathered, None, None, None
+
+
+def _segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
+    """The non-empty (expert, its rows)."""
+    stops = ends.tolist()
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if b > a]
+
+
+def _grouped_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+) -> torch.Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for e, rows in _segments(ends):
+        if bias is None:
+            torch.mm(x[rows], weight[e].t(), out=y[rows])
+        else:
+            torch.addmm(bias[e], x[rows], weight[e].t(), out=y[rows])
+    return y
+
+
+def _grouped_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)  # zeros stay where an expert had no row
+    dbias = weight.new_zeros(weight.shape[:2])
+    for e, rows in _segments(ends):
+        torch.mm(grad[rows], weight[e], out=dx[rows])
+        torch.mm(grad[rows].t(), x[rows], out=dweight[e])
+        torch.sum(grad[rows], 0, out=dbias[e])
+    return dx, dweight, dbias
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, bias, ends = inputs
+    ctx.save_for_backward(x, weight, ends)
+    ctx.bias = bias is not None
+
+
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    dx, dweight, dbias = _grouped_linear_backward(grad, *ctx.saved_tensors)
+    return dx, dweight, dbias if ctx.bias else None, None
+
+
+# y[r] = weight[e] x[r] + bias[e] for the rows r of expert e, ends[e−1] <= r < ends[e]. Opaque to torch.compile, because
+# the lengths of the segments are data.
+_grouped_linear, _grouped_linear_backward = define_differentiable(
+    "moe_grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor ends) -> Tensor",
+    "moe_grouped_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor ends) -> (Tensor, Tensor, Tensor)",
+    forward=_grouped_forward,
+    forward_fake=lambda x, weight, bias, ends: x.new_empty(x.shape[0], weight.shape[1]),
+    backward=_grouped_backward,
+    backward_fake=lambda grad, x, weight, ends: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape[:2]),
+    ),
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
+
+
+def moe_ffn(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    b_in: torch.Tensor | None,
+    b_out: torch.Tensor | None,
+    normalize_gates: bool,
+    select_bias: torch.Tensor | None,
+    sub_norm: torch.Tensor | None,
+    bitnet: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, MoEStats]:
+    """`dtype` is that of the matrix products and of y."""
+    T, E = router_logits.shape
+    wide = torch.promote_types(router_logits.dtype, torch.float32)
+    logits = router_logits.to(wide)
+    probs = logits.softmax(-1)
+    # Without a bias the logits order the experts as the probabilities do, and do not saturate.
+    scores = logits.detach() if select_bias is None else probs.detach() + select_bias.detach().to(wide)
+    chosen = scores.topk(top_k, dim=-1).indices  # [T, k]
+    gates = logits.gather(1, chosen).softmax(-1) if normalize_gates else probs.gather(1, chosen)
+
+    experts, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(E, device=experts.device), right=True)
+    slots = torch.arange(T * top_k, device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, slots)
+
+    def expert_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if bitnet:
+            # One scale per expert: the weights are quantised matrix by matrix.
+            weight = torch.stack([fake_quantize_weight(w, "mean", dtype) for w in weight.unbind(0)])
+            rows = fake_quantize_tokens(rows, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return _grouped_linear(rows.to(dtype), weight.to(dtype), bias, ends)
+
+    h = expert_linear(_Take.apply(x, order // top_k, inverse, top_k), w_in, b_in)
+    act = ACTIVATIONS[activation]
+    h_wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    if gated:
+        gate, up = h_wide.chunk(2, dim=-1)
+        h_wide = act(gate) * up
+    else:
+        h_wide = act(h_wide)
+    if sub_norm is not None:
+        h_wide = rms_norm(h_wide, sub_norm)
+    out = _Take.apply(expert_linear(h_wide, w_out, b_out), inverse, order, 1).unflatten(0, (T, top_k))
+    y = (out * gates.unsqueeze(-1)).sum(1).to(dtype)
+
+    tokens = max(T, 1)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    z = logits.logsumexp(-1).square().sum() / tokens
+    return y, MoEStats(counts, probs.sum(0) / tokens, z)

@@ -1,0 +1,3 @@
+from .op import rotary
+
+__all__ = ["rotary"]

@@ -1,0 +1,3 @@
+from .op import sigmoid_attention
+
+__all__ = ["sigmoid_attention"]

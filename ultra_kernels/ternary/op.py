@@ -1,0 +1,95 @@
+"""Ternary weights for inference: quantise, pack at 2 bits, multiply exactly in integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from .._dispatch import Op
+from . import reference
+
+_ORDER = {"cuda": ("reference",), "cpu": ("reference",)}
+QUANTIZE = Op("quantize_ternary", __package__, _ORDER, {})
+MATMUL = Op("ternary_matmul", __package__, _ORDER, {})
+LINEAR = Op("ternary_linear", __package__, _ORDER, {})
+
+
+@dataclass(frozen=True)
+class PackedTernary:
+    """A ternary matrix `[N, K]` at 2 bits a weight.
+
+    codes: uint8 `[N, ceil(K / 4)]`; bits 2i and 2i+1 of byte j hold weight 4j + i, plus one (0, 1 or 2).
+    scale: float32 `[]`; the matrix is scale · weights. shape: (N, K).
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    shape: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> PackedTernary:
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
+
+def quantize_ternary(
+    weight: torch.Tensor, *, scale: Literal["mean", "median"] = "mean", backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, γ): codes = clip(round(weight / (γ + 1e-5)), −1, 1), γ = mean (or lower median) of |weight|.
+
+    weight `[N, K]`; codes int8 `[N, K]` in {−1, 0, 1}, γ float32 `[]`; half to even; no gradient. What `bitlinear` trains with.
+    Raises ValueError for another rank, an empty weight or an unknown scale. After Ma et al. 2024 (arXiv:2402.17764).
+    """
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"quantize_ternary: weight has shape {tuple(weight.shape)}; it must be (N, K), not empty")
+    if scale not in ("mean", "median"):
+        raise ValueError(f"quantize_ternary: scale {scale!r} is unknown; it must be 'mean' or 'median'")
+    QUANTIZE.choose(backend, weight)
+    return reference.quantize_ternary(weight.detach(), scale)
+
+
+def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
+    """codes int8 `[N, K]` in {−1, 0, 1} and scale (one element) at 2 bits a weight. Raises ValueError for other codes."""
+    if codes.ndim != 2 or codes.dtype != torch.int8:
+        raise ValueError(f"pack_ternary: codes are {codes.dtype} {tuple(codes.shape)}; they must be int8 (N, K)")
+    if scale.numel() != 1:
+        raise ValueError(f"pack_ternary: scale has shape {tuple(scale.shape)}; it must have one element")
+    if codes.numel() and int(codes.abs().max()) > 1:
+        raise ValueError(f"pack_ternary: codes reach {int(codes.abs().max())}; they must be −1, 0 or 1")
+    return PackedTernary(reference.pack(codes), scale.detach().float().reshape(()), (codes.shape[0], codes.shape[1]))
+
+
+def unpack_ternary(packed: PackedTernary) -> tuple[torch.Tensor, torch.Tensor]:
+    """The (codes int8 `[N, K]`, scale float32 `[]`) that `pack_ternary` was given."""
+    return reference.unpack(packed.codes, packed.shape[1]), packed.scale
+
+
+def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | None = None) -> torch.Tensor:
+    """y = x · codesᵀ in int32, exact on every backend; the scale is left to the caller.
+
+    x int8 `[M, K]`, packed `[N, K]`; returns int32 `[M, N]`. M, N and K may be any size, 0 included, K below 2^24.
+    Raises ValueError on another dtype or shape, BackendUnavailable. After Ma et al. 2024 (arXiv:2402.17764).
+    """
+    K = packed.shape[1]
+    if x.dtype != torch.int8 or x.ndim != 2 or x.shape[1] != K:
+        raise ValueError(f"ternary_matmul: x is {x.dtype} {tuple(x.shape)}; it must be int8 (M, {K})")
+    MATMUL.choose(backend, x)
+    return reference.ternary_matmul(x, packed.codes, K)
+
+
+def ternary_linear(
+    x: torch.Tensor, packed: PackedTernary, bias: torch.Tensor | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """y = (round(x / s) · codesᵀ) · s · scale + bias, s = max(absmax(x), 1e-5) / 127 per token: `bitlinear` for inference.
+
+    x `[..., K]`, packed `[N, K]`, bias `[N]`; returns `[..., N]` in x's dtype. The product is exact in int32, the scales are
+    float32. No gradient. Raises ValueError on a shape mismatch, BackendUnavailable. After Ma et al. 2024 (arXiv:2402.17764).
+    """
+    N, K = packed.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"ternary_linear: x has shape {tuple(x.shape)}; its last axis must be {K}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"ternary_linear: bias has shape {tuple(bias.shape)}; it must be ({N},)")
+    LINEAR.choose(backend, x)
+    with torch.no_grad():
+        return reference.ternary_linear(x, packed.codes, packed.scale, K, bias)
