@@ -28,13 +28,19 @@ def train(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     import json
 
-    print(json.dumps(ultra.load(args.run).evaluate(), indent=2))
+    print(json.dumps(ultra.load(args.run, args.which).evaluate(args.samples), indent=2))
     return 0
 
 
 def fill_mask(args: argparse.Namespace) -> int:
-    for token, probability in ultra.load(args.run).fill_mask(args.text, top_k=args.top_k):
-        print(f"{probability:8.4f}  {token}")
+    masks = ultra.load(args.run, args.which).fill_mask(args.text, top_k=args.top_k)
+    for number, ranked in enumerate(masks, start=1):
+        if len(masks) > 1:
+            print(f"mask {number}")
+        for token, probability in ranked:
+            # quoted where there is something to see: white space, or a word that joins what stands before it
+            shown = token[1:] if token[:1] == " " and token[1:].isprintable() and token[1:] else repr(token)
+            print(f"{probability:8.4f}  {shown}")
     return 0
 
 
@@ -51,7 +57,7 @@ def embed(args: argparse.Namespace) -> int:
         raise UserError("nothing to embed: give texts, or --input FILE with one text a line")
     if args.output is not None and args.output.suffix != ".npy":
         raise UserError(f"--output {args.output}: embeddings are written as a NumPy array; name a .npy file")
-    vectors = ultra.load(args.run).embed(texts)
+    vectors = ultra.load(args.run, args.which).embed(texts)
     if args.output is None:
         for text, vector in zip(texts, vectors.tolist(), strict=True):
             print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))
@@ -122,6 +128,15 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(rest="overrides")
 
+    def run_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run", metavar="RUN", type=Path, help="a run folder or one of its checkpoints")
+        sub.add_argument(
+            "--which",
+            choices=["latest", "best"],
+            default="latest",
+            help="checkpoint of a run folder: newest, or lowest held-out loss; default: latest",
+        )
+
     sub = command("train", train, "train the encoder that CONFIG describes")
     config_arguments(sub)
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<name of CONFIG>")
@@ -132,18 +147,19 @@ def parser() -> argparse.ArgumentParser:
         help="auto: from the newest checkpoint in the run folder; default: auto",
     )
     sub = command("eval", evaluate, "held-out loss and accuracy of a trained model")
-    sub.add_argument("run", metavar="RUN", type=Path, help="a run folder or one of its checkpoints")
+    run_arguments(sub)
+    sub.add_argument("--samples", type=positive, metavar="N", help="windows; default: eval_samples of the run")
     sub = command("fill-mask", fill_mask, "rank the tokens for [MASK] in a text")
-    sub.add_argument("run", metavar="RUN", type=Path, help="a run folder or one of its checkpoints")
-    sub.add_argument("text", metavar="TEXT", help="text with one [MASK]")
+    run_arguments(sub)
+    sub.add_argument("text", metavar="TEXT", help="text with [MASK] in it")
     sub.add_argument("--top-k", type=positive, default=5, metavar="K", help="tokens to print; default: 5")
     sub = command("embed", embed, "sentence embeddings, as JSON lines or a NumPy file")
-    sub.add_argument("run", metavar="RUN", type=Path, help="a run folder or one of its checkpoints")
+    run_arguments(sub)
     sub.add_argument("text", metavar="TEXT", nargs="*", default=[], help="texts to embed")
     sub.set_defaults(rest="text")
     sub.add_argument("--input", type=Path, metavar="FILE", help="one text a line")
     sub.add_argument("--output", type=Path, metavar="FILE", help=".npy file; default: JSON lines on stdout")
-    sub = command("estimate", estimate, "parameters, memory and time of CONFIG, without training")
+    sub = command("estimate", estimate, "parameters, memory and disk space of CONFIG, without training")
     config_arguments(sub)
     command("doctor", doctor, "what is installed, which backends run, and what would fix the rest")
     command("schema", schema, "the JSON Schema of the configuration, as YAML")

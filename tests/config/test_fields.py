@@ -40,7 +40,7 @@ min_lr_ratio max_steps grad_clip_max_norm inf_post_clip_threshold max_nan_retrie
 checkpoint_every_n_steps max_rolling_checkpoints num_best_checkpoints val_interval eval_samples
 nan_check_interval log_gradient_stats gradient_log_interval use_galore galore_rank galore_update_interval
 galore_scale galore_max_dim galore_method galore_rotate_moments galore_per_layer seed device compile
-parallel init_from log_to
+init_from log_to
 """
 
 

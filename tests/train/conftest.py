@@ -28,6 +28,7 @@ class TinyModel(nn.Module):
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)
+        nn.init.normal_(self.embedding.weight, std=0.1)
         self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.router = nn.Linear(WIDTH, 2, bias=False)
@@ -39,16 +40,16 @@ class TinyModel(nn.Module):
         self.layers = nn.ModuleList()
 
     def forward(self, input_ids, attention_mask=None, labels=None, *, cu_seqlens=None, max_seqlen=None):
-        x = self.embedding(input_ids)
+        x = self.embedding(input_ids).view(-1, LENGTH, WIDTH)  # every document is LENGTH long
         h = self.left(x.roll(1, 1)) + self.right(x.roll(-1, 1))
-        x = self.norm(x + self.dropout(torch.tanh(h)))
+        x = self.norm(x + self.dropout(torch.tanh(h))).view(1, -1, WIDTH)
         scores = self.router(x).softmax(-1)
         x = x + scores[..., :1]
         rows, target = x[labels != -100], labels[labels != -100]
         logits = self.head(rows)
         counts = torch.bincount((scores + self.select_bias).argmax(-1).flatten(), minlength=2).float()
         loss_sum = F.cross_entropy(logits.float(), target, reduction="sum")
-        aux = 0.01 * scores.mean((0, 1)).square().sum()
+        aux = 0.01 * self.router(x.detach()).softmax(-1).mean((0, 1)).square().sum()
         return SimpleNamespace(
             loss=loss_sum / len(target) + aux,
             loss_sum=loss_sum,
@@ -63,7 +64,9 @@ class TinyModel(nn.Module):
         self.select_bias += 1e-3 * torch.sign(counts.mean() - counts)
 
     def param_groups(self):
-        groups = {name: [] for name in ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")}
+        groups = {
+            name: [] for name in ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
+        }
         for name, param in self.named_parameters():
             group = name.split(".")[0]
             group = {"embedding": "embeddings", "norm": "norms", "left": "attention"}.get(group, "other")

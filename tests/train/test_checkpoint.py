@@ -48,7 +48,9 @@ def test_folder_holds_what_is_documented(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", range(40))
-def test_kill_at_any_point_leaves_the_previous_or_the_new_one_whole(tmp_path: Path, monkeypatch, killed_at: int) -> None:
+def test_kill_at_any_point_leaves_the_previous_or_the_new_one_whole(
+    tmp_path: Path, monkeypatch, killed_at: int
+) -> None:
     """Every file operation of a save is in turn the last one, as after a SIGKILL."""
 
     class Killed(BaseException):
@@ -126,9 +128,13 @@ def test_full_disk_is_an_oserror_and_gives_the_space_back(tmp_path: Path, monkey
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
-def test_damage_falls_back_to_the_previous_one_and_says_so(tmp_path: Path, caplog, name: str, how: str) -> None:
+def test_damage_falls_back_to_the_previous_one_and_says_so(
+    tmp_path: Path, caplog, name: str, how: str
+) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     data = bytearray((bad / name).read_bytes())
     if how == "flip":

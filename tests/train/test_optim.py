@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,13 +25,21 @@ GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 
 
 def test_every_parameter_is_in_exactly_one_torch_group_with_its_own_settings(tiny) -> None:
-    model, cfg = tiny.Model(), TrainingConfig(lr_norms=0.5, wd_norms=0.25, betas_norms=(0.1, 0.2), eps_norms=1e-3)
+    model, cfg = (
+        tiny.Model(),
+        TrainingConfig(lr_norms=0.5, wd_norms=0.25, betas_norms=(0.1, 0.2), eps_norms=1e-3),
+    )
     optimizer = GroupedOptimizer(collect_groups(model, cfg), cfg)
     assert sorted(map(id, optimizer.params)) == sorted(map(id, model.parameters()))
     groups = optimizer.parts[0].param_groups
     weight = next(g for g in groups if any(p is model.norm.weight for p in g["params"]))
     bias = next(g for g in groups if any(p is model.norm.bias for p in g["params"]))
-    assert (weight["lr"], weight["weight_decay"], weight["betas"], weight["eps"]) == (0.5, 0.25, (0.1, 0.2), 1e-3)
+    assert (weight["lr"], weight["weight_decay"], weight["betas"], weight["eps"]) == (
+        0.5,
+        0.25,
+        (0.1, 0.2),
+        1e-3,
+    )
     assert (bias["lr"], bias["weight_decay"]) == (0.5, 0.0)
 
 
@@ -65,6 +74,19 @@ def test_rates_that_cannot_move_the_weights_warn_for_present_groups_alone(tiny, 
     with caplog.at_level(logging.WARNING):
         warn_if_rates_cannot_train(collect_groups(tiny.Model(), cfg), 100, cfg, 0.02)
     assert [record.args[0] for record in caplog.records] == ["other"]
+
+
+def test_steps_beyond_a_schedule_that_ended_at_zero_warn(tiny, caplog) -> None:
+    for fields, expected in (
+        ({}, True),
+        ({"min_lr_ratio": 0.1}, False),
+        ({"scheduler_type": "constant"}, False),
+    ):
+        cfg = TrainingConfig(scheduler_total_steps=1000, **fields)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            warn_if_rates_cannot_train(collect_groups(tiny.Model(), cfg), 1001, cfg, 0.02)
+        assert ("train nothing" in caplog.text) == expected
 
 
 def test_skipped_step_moves_nothing_and_the_next_one_counts_as_the_first(tiny) -> None:
@@ -129,7 +151,9 @@ def test_state_of_another_optimizer_is_refused(tiny) -> None:
     optimizer.step(GOOD)
     low_rank = TrainingConfig(use_galore=True, galore_rank=4)
     with pytest.raises(UserError, match="use_galore"):
-        GroupedOptimizer(collect_groups(model, low_rank), low_rank).load_state_tensors(optimizer.state_tensors())
+        GroupedOptimizer(collect_groups(model, low_rank), low_rank).load_state_tensors(
+            optimizer.state_tensors()
+        )
     with pytest.raises(UserError, match=r"'gone'"):
         optimizer.load_state_tensors({"gone.step": torch.zeros(())})
 
@@ -137,7 +161,18 @@ def test_state_of_another_optimizer_is_refused(tiny) -> None:
 # GaLore
 
 
-def galore(param: nn.Parameter, *, rank: int, lr=1e-2, interval=1, eps=1e-8, wd=0.0, rotate=True, scale=1.0, method="svd"):
+def galore(
+    param: nn.Parameter,
+    *,
+    rank: int,
+    lr=1e-2,
+    interval=1,
+    eps=1e-8,
+    wd=0.0,
+    rotate=True,
+    scale=1.0,
+    method="svd",
+):
     group = {"params": [param], "lr": lr, "weight_decay": wd, "betas": (0.9, 0.95), "eps": eps}
     return GaLore([group], rank=rank, interval=interval, scale=scale, rotate=rotate, method=method)
 
@@ -167,7 +202,7 @@ def test_full_rank_is_adamw_where_the_update_is_linear_in_the_gradient(shape: tu
         a.step()
         b.step()
     moved = (theirs.detach() - start).abs().max()
-    # 5 steps of products of length 12 in float32, and V's rotation, which eps makes a 1e-4 share of the update.
+    # 5 steps of products of length 12 in float32; sqrt(V) beside eps is a 1e-4 share of the update.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=float(moved) * 1e-5 + 5 * 1e-4 * 5e-4)
 
 
@@ -223,7 +258,7 @@ def test_update_interval_keeps_the_basis() -> None:
         param.grad = torch.randn(10, 30)
         optimizer.step()
         seen.append(optimizer.state[param]["projection"].clone())
-    same = [torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in pairwise(seen)]
     assert same == [True, True, False, True, True, False]
 
 

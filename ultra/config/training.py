@@ -134,7 +134,7 @@ class TrainingConfig(GroupFields):
         gt=0,
         description="A step is skipped when its norm exceeds this and 10 times the running median.",
     )
-    max_nan_retries: int = Field(3, ge=0, description="Rollbacks after bad steps before the run stops.")
+    max_nan_retries: int = Field(3, ge=0, description="Bad windows in a row before the run goes back to its last good checkpoint.")
     checkpoint_every_n_steps: int = Field(500, ge=1, description="Steps between rolling checkpoints.")
     max_rolling_checkpoints: int = Field(3, ge=1, description="Rolling checkpoints kept.")
     num_best_checkpoints: int = Field(2, ge=0, description="Checkpoints kept by lowest held-out loss.")
@@ -162,9 +162,6 @@ class TrainingConfig(GroupFields):
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to train.")
     compile: bool = Field(False, description="torch.compile the encoder's layers.")
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="Under torchrun: replicate or shard the model."
-    )
     init_from: str | None = Field(
         None, min_length=1, description="Run or exported folder whose weights the training starts from."
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 
 from ultra.data.cache import FORMAT, Filler, Index, Interrupted, TokenCache, Unit, wait_for, write_atomic
-from ultra.data.masking import FIXED_MASKS, FRESH_MASKS, Masker
+from ultra.data.masking import FIXED_MASKS, FRESH_MASKS, IGNORE, Masker
 from ultra.data.sources import Skipped, Source, open_source
 from ultra.data.tokenizer import Vocabulary, load_tokenizer, train_tokenizer
 from ultra.data.windows import Sample, SampleOrder, Split, UnitWindows, make_split
@@ -65,6 +67,23 @@ class Batch:
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Labels as positions and ids, int32 throughout, by value: a fifth of the bytes, and no shared-memory
+        file a tensor, when a worker hands over a batch."""
+        ids, labels = self.input_ids[0].numpy(), self.labels[0].numpy()
+        at = np.flatnonzero(labels != IGNORE)
+        packed = (ids.astype(np.int32), at.astype(np.int32), labels[at].astype(np.int32))
+        return _unpack, (*packed, self.cu_seqlens.numpy(), self.max_seqlen, self.first_sample)
+
+
+def _unpack(
+    ids: np.ndarray, at: np.ndarray, targets: np.ndarray, cu_seqlens: np.ndarray, longest: int, first: int
+) -> Batch:
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    labels[at] = targets
+    tensors = (torch.from_numpy(x) for x in (ids.astype(np.int64)[None], labels[None], cu_seqlens))
+    return Batch(*tensors, max_seqlen=longest, num_labelled=len(at), first_sample=first)
+
 
 class BatchMaker:
     """(samples, their units) -> Batch: a pure function, run here or in a DataLoader worker."""
@@ -103,7 +122,7 @@ class BatchMaker:
             labels=torch.from_numpy(labels)[None],
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=int(np.diff(cu_seqlens).max()),
-            num_labelled=int((labels >= 0).sum()),
+            num_labelled=int((labels != IGNORE).sum()),
             first_sample=samples[0][0].index,
         )
 
@@ -140,6 +159,12 @@ def _leave_signals_to_the_parent(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def _close(reference: weakref.ref[CorpusData]) -> None:
+    data = reference()
+    if data is not None:
+        data.close()
+
+
 class CorpusData:
     """An opened corpus. `waited_s` is the time spent waiting for a cache that is still being filled."""
 
@@ -162,6 +187,9 @@ class CorpusData:
         self._split = make_split(t.val_fraction, cache.index(cache.units[0])[1])
         self._windows = lru_cache(maxsize=None)(self._count)
         self._counts = np.empty(0, dtype=np.int64)
+        # Workers ignore SIGTERM, which is how multiprocessing would end them at exit: they must be gone by then.
+        self._open_iterators: weakref.WeakSet[Generator[list[Batch], None, None]] = weakref.WeakSet()
+        atexit.register(_close, weakref.ref(self))
 
     # ---------------------------------------------------------------- training
 
@@ -173,6 +201,11 @@ class CorpusData:
         state of the cache. Raises Interrupted when should_stop() comes true while it waits for the cache,
         and what stopped the filling.
         """
+        batches = self._generate(first_step, rank, world_size)
+        self._open_iterators.add(batches)
+        return batches
+
+    def _generate(self, first_step: int, rank: int, world_size: int) -> Generator[list[Batch], None, None]:
         accum = self._cfg.gradient_accumulation_steps
         indices = self._micro_batches(first_step * accum, rank, world_size)
         make = self._maker(validation=False)
@@ -259,10 +292,7 @@ class CorpusData:
         Waits until the cache holds enough of them, so that the set does not depend on how far the filling
         has come.
         """
-        wanted = self._cfg.eval_samples
-        self._wait(
-            lambda: self._cache.complete or sum(self._windows(u)[1] for u in self._cache.units) >= wanted
-        )
+        wanted = self.eval_windows()
         windows = (
             (number, window, unit)
             for number, unit in enumerate(self._cache.units)
@@ -276,10 +306,21 @@ class CorpusData:
         for start in range(0, len(samples), self._cfg.batch_size):
             yield make(samples[start : start + self._cfg.batch_size])
 
-    def train_token_counts(self) -> np.ndarray:
+    def eval_windows(self) -> int:
+        """How many windows eval_batches() gives; waits as it does."""
+        wanted = self._cfg.eval_samples
+
+        def there() -> int:
+            return sum(self._windows(unit)[1] for unit in self._cache.units)
+
+        self._wait(lambda: self._cache.complete or there() >= wanted)
+        return min(wanted, there())
+
+    def train_token_counts(self, *, wait: bool = True) -> np.ndarray:
         """How often each id occurs in the training documents, int64 [vocab_size]; special ids, which are
-        never predicted, count 0. Waits for the whole cache."""
-        self._wait(lambda: self._cache.complete)
+        never predicted, count 0. Waits for the whole cache, or counts what it holds so far."""
+        if wait:
+            self._wait(lambda: self._cache.complete)
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for unit in self._cache.units:
             offsets, hashes = self._cache.index(unit)
@@ -290,7 +331,9 @@ class CorpusData:
         return counts
 
     def close(self) -> None:
-        """Stop the background filling; what it has finished stays."""
+        """Stop the workers and the background filling; what that has finished stays."""
+        for batches in list(self._open_iterators):
+            batches.close()
         if self._filler is not None:
             self._filler.stop()
 

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import json
 import logging
+import os
 import sys
 import sysconfig
 import warnings
@@ -133,9 +134,12 @@ class BuiltinSource(Source):
         self._documents: list[str] | None = None
 
     def _files(self) -> list[Path]:
-        # site-packages differs from machine to machine; the tests' docstrings are no prose
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        files = (p for p in self.root.rglob("*.py") if left_out.isdisjoint(p.relative_to(self.root).parts))
+        # site-packages differs from machine to machine; tests and character tables hold no prose
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+        files: list[Path] = []
+        for folder, below, names in os.walk(self.root):
+            below[:] = [name for name in below if name not in left_out]
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(files, key=lambda p: p.relative_to(self.root).as_posix())
 
     def identity(self) -> list[Any]:
@@ -187,10 +191,20 @@ def _docstrings(path: Path) -> list[str]:
     tree = _parse(path)
     if tree is None:
         return []
-    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, holders))
+    found = (ast.get_docstring(node, clean=False) for node in _documented(tree))
     texts = (inspect.cleandoc(text).strip() for text in found if text)
     return [text for text in texts if len(text) >= MIN_DOCSTRING]
+
+
+def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Modules, classes and functions in the order of the text. Only statements are looked into: ast.walk visits
+    every expression and takes as long as parsing."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield node
+    for part in ("body", "handlers", "orelse", "finalbody"):
+        for child in getattr(node, part, ()):
+            if isinstance(child, (ast.stmt, ast.ExceptHandler)):
+                yield from _documented(child)
 
 
 class FileSource(Source):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ultra.errors import UserError
 
@@ -169,7 +169,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,  # a merge seen once only memorises its document
-        special_tokens=list(SPECIALS),
+        # lstrip: [MASK] stands for a word with the space before it, which is how words are tokens here
+        special_tokens=[
+            AddedToken(s, special=True, lstrip=s == "[MASK]", normalized=False) for s in SPECIALS
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # the set's order changes between runs
         show_progress=False,
     )

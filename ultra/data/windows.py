@@ -85,8 +85,8 @@ class UnitWindows:
         total = int(self._start[-1])
         a = max(0, min(window * self._length, total - self._length))
         b = min(a + self._length, total)
-        lo = int(np.searchsorted(self._start, a, side="right")) - 1  # document that holds token a
-        hi = int(np.searchsorted(self._start, b, side="left"))  # one past the document that holds token b-1
+        lo = int(self._start.searchsorted(a, side="right")) - 1  # document that holds token a
+        hi = int(self._start.searchsorted(b, side="left"))  # one past the document that holds token b-1
         shift = self._first[lo:hi] - self._start[lo:hi]
         if shift[0] == shift[-1]:  # no document of the other split between them: one slice
             ids = tokens[a + shift[0] : b + shift[0]]
@@ -97,7 +97,7 @@ class UnitWindows:
         return ids, self._start[lo + 1 : hi] - a
 
     def _piece(self, tokens: np.ndarray, window: int) -> np.ndarray:
-        document = int(np.searchsorted(self._start, window, side="right")) - 1
+        document = int(self._start.searchsorted(window, side="right")) - 1
         first, size = int(self._first[document]), int(self._size[document])
         room = self._length - 2
         body = first + 1 + (window - int(self._start[document])) * room

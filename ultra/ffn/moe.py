@@ -12,7 +12,7 @@ from torch import nn
 from ultra.config.fields import ModelFields, Problem
 from ultra.ffn.dense import inner_width
 from ultra.layers.linear import RMSNorm, init_normal_
-from ultra.layers.module import Component
+from ultra.layers.module import Component, wide
 from ultra_kernels import MoEStats, moe_ffn
 
 
@@ -72,7 +72,7 @@ class MoEFFN(Component):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            logits = rows.float() @ self.router.weight.float().t()
+            logits = wide(rows) @ wide(self.router.weight).t()
         y, stats = moe_ffn(
             rows, logits, self.w_in, self.w_out, top_k=self.top_k, activation=self.activation, gated=self.gated,
             normalize_gates=self.normalize_gates, select_bias=self.select_bias,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ultra.config.fields import ModelFields
-from ultra.layers.module import Component
+from ultra.layers.module import Component, wide
 from ultra_kernels import bitlinear
 
 
@@ -24,8 +24,8 @@ class RMSNorm(Component):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        return torch.nn.functional.rms_norm(x.float(), (self.dim,), weight, self.eps).to(x.dtype)
+        weight = None if self.weight is None else wide(self.weight)
+        return torch.nn.functional.rms_norm(wide(x), (self.dim,), weight, self.eps).to(x.dtype)
 
 
 class BitLinear(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import normalize, silu
 
 from ultra.layers.linear import init_normal_, make_linear
-from ultra.layers.module import Component
+from ultra.layers.module import Component, wide
 from ultra.layers.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class LinearMemory(Component):
         q, k, v = self.qkv(x).view(shape).unbind(2)
         q, k = normalize(silu(q), dim=-1), normalize(silu(k), dim=-1)
         eta, theta, alpha = self.rates(x).sigmoid().view(B, T, 3, self.H).unbind(2)
-        streams = torch.cat((q, k, v, torch.stack((eta, theta, alpha), -1)), -1).float()  # [B,T,H,3K+3]
-        y = torch.zeros(B, T, self.H, D // self.H, dtype=torch.float32, device=x.device)
+        streams = wide(torch.cat((q, k, v, torch.stack((eta, theta, alpha), -1)), -1))  # [B,T,H,3K+3]
+        y = streams.new_zeros(B, T, self.H, D // self.H)
         for rows in directions(seqs, B, T, x.device):
             # [S,L] flat token numbers, -1 behind a shorter sequence's end: those tokens come last and touch nothing
             valid = rows >= 0

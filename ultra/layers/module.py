@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 GROUPS = ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
 
 
-class Component(nn.Module):
-    """A module with its own YAML fields. A parameter belongs to the group of the nearest enclosing Component.
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it is that: for what half precision would ruin."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
+
+class Component(nn.Module):
+    """A module with its own YAML fields.
+
+    param_group: optimizer group of its parameters; None: that of the module around it.
     no_decay: names of its own parameters that are never decayed (biases never are, wherever they stand).
     no_galore: names of its own or its children's parameters whose updates are never projected.
     """
 
     Fields: ClassVar[type[ModelFields]]
-    param_group: ClassVar[str] = "other"
+    param_group: ClassVar[str | None] = None
     no_decay: ClassVar[frozenset[str]] = frozenset()
     no_galore: ClassVar[frozenset[str]] = frozenset()
 

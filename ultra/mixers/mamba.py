@@ -12,7 +12,7 @@ from torch import nn
 
 from ultra.config.fields import ModelFields, Problem
 from ultra.layers.linear import init_normal_, make_linear
-from ultra.layers.module import Mixer
+from ultra.layers.module import Mixer, wide
 from ultra.layers.sequences import Sequences
 from ultra_kernels import bidirectional_scan, causal_conv1d, selective_scan
 
@@ -94,12 +94,12 @@ class Mamba(Mixer):
         )  # fmt: skip
         # Δ multiplies ln-spaced decays over the whole sequence: bfloat16 would change the memory length
         with torch.autocast(x.device.type, enabled=False):
-            rows = u.transpose(1, 2).float()  # [B,T,E]
-            parts = (rows @ self.x_proj.weight.float().t()).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
+            rows = wide(u.transpose(1, 2))  # [B,T,E]
+            parts = (rows @ wide(self.x_proj.weight).t()).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
             dt, b, c = parts.split([self.R, self.N, self.N], -1)  # [directions,B,T,.]
             delta = (dt @ self.dt_weight.transpose(1, 2)[:, None]).transpose(2, 3)  # [directions,B,E,T]
             b, c = b.transpose(2, 3), c.transpose(2, 3)  # [directions,B,N,T]
-            A, u, z = -self.A_log.float().exp(), u.float(), z.float()
+            A, u, z = -wide(self.A_log).exp(), wide(u), wide(z)
             if self.mode == "none":
                 y = selective_scan(
                     u, delta[0], A[0], b[0], c[0], self.D, z, self.dt_bias[0], True, cu_seqlens=seqs.cu_seqlens

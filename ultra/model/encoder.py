@@ -69,6 +69,7 @@ class Encoder(Component):
     """Token ids -> hidden states -> masked-language-model loss."""
 
     Fields: ClassVar[type[ModelFields]] = EncoderFields
+    param_group: ClassVar[str] = "other"
 
     def __init__(self, cfg: UltraConfig) -> None:
         super().__init__()
@@ -157,17 +158,15 @@ class Encoder(Component):
                     layer.ffn.update_bias(torch.stack(loads).sum(0))
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter, bool]]]:
-        """Optimizer group -> (name, parameter, decayed?). Every parameter is in the group of its nearest Component."""
+        """Optimizer group -> (name, parameter, decayed?). The nearest module around a parameter that names a group decides."""
         groups: dict[str, list[tuple[str, nn.Parameter, bool]]] = {group: [] for group in GROUPS}
         modules = dict(self.named_modules())
         for name, parameter in self.named_parameters():
             path, _, leaf = name.rpartition(".")
-            owner = modules[path]
-            while not isinstance(owner, Component):
+            decay = "bias" not in leaf and leaf not in getattr(modules[path], "no_decay", ())
+            while getattr(modules[path], "param_group", None) is None:
                 path = path.rpartition(".")[0]
-                owner = modules[path]
-            decay = "bias" not in leaf and leaf not in owner.no_decay
-            groups[owner.param_group].append((name, parameter, decay))
+            groups[modules[path].param_group].append((name, parameter, decay))
         return groups
 
 

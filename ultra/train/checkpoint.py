@@ -1,9 +1,9 @@
 """Checkpoints: a folder of safetensors and JSON, whole or not there at all, and never pickled.
 
 `<run>/checkpoints/step-00001000/` holds model.safetensors, optimizer.safetensors, state.json, config.yaml,
-tokenizer.json and, written last, manifest.json with every file's size and sha256. The folder is written under a
-temporary name on the same file system and renamed when all of it is on disk. What counts as the latest one is
-found by checking manifests, not by a pointer that could move too early.
+tokenizer.json and, written last, manifest.json with every file's size and sha256. The folder is written
+under a temporary name on the same file system and renamed when all of it is on disk. The latest one is found
+by checking manifests, not by a pointer that could move too early.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def save(
     config: str,
     tokenizer: str,
 ) -> Path:
-    """Write one checkpoint atomically and return its folder. Raises OSError and leaves the others as they are."""
+    """Write one checkpoint atomically and return its folder. Raises OSError; the others stay as they are."""
     target = folder(run_dir, step)
     root = target.parent
     root.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def prune(run_dir: Path, keep: set[int]) -> None:
 
 
 def set_aside_after(run_dir: Path, step: int) -> None:
-    """Rename checkpoints later than `step`, so that the run that goes on from there does not resume from them."""
+    """Rename checkpoints later than `step`: the run that goes on from there must not resume from them."""
     for later in steps(run_dir):
         if later > step:
             path = folder(run_dir, later)
@@ -161,7 +161,7 @@ def set_aside_after(run_dir: Path, step: int) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """The folder with weights that a path means: a checkpoint, a run's latest checkpoint, or an exported model.
+    """The folder with weights that a path means: a checkpoint, a run's latest one, or an exported model.
 
     Raises CheckpointError when there is none, or when a checkpoint is damaged.
     """
@@ -172,15 +172,19 @@ def resolve(path: Path) -> Path:
         return found
     if not (path / "model.safetensors").is_file():
         raise CheckpointError(
-            f"{path}: neither a run folder (checkpoints/) nor a checkpoint or exported model (model.safetensors)"
+            f"{path}: neither a run folder (checkpoints/) nor a checkpoint or exported model "
+            "(model.safetensors)"
         )
-    if (path / "manifest.json").exists() and (reason := damage(path)):
+    # An exported folder has neither of these two; a checkpoint that lost its manifest is damaged.
+    is_checkpoint = (path / "manifest.json").exists() or (path / "state.json").exists()
+    if is_checkpoint and (reason := damage(path)):
         raise CheckpointError(f"{path}: {reason}")
     return path
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return state
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:

@@ -51,9 +51,7 @@ def evaluate(
                 logits = out.logits  # [M, V]
             chosen = batch.labels != -100
             labels, is_mask = batch.labels[chosen], batch.input_ids[chosen] == mask_id
-            for rows, target, hidden in zip(
-                logits.split(ROWS), labels.split(ROWS), is_mask.split(ROWS), strict=True
-            ):
+            for rows, target, hidden in zip(*(t.split(ROWS) for t in (logits, labels, is_mask)), strict=True):
                 losses = F.cross_entropy(rows.float(), target, reduction="none")
                 loss += losses.sum().item()
                 mask_loss += losses[hidden].sum().item()

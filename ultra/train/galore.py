@@ -18,18 +18,22 @@ def projection(grad: Tensor, rank: int, previous: Tensor | None, method: str) ->
     randomized: range finder with one power iteration, started from `previous` and OVERSAMPLING fixed random
     directions, so that equal inputs give equal bits. svd: exact.
     """
+    if grad.device.type == "mps":  # has no QR and no eigenvalues
+        old = None if previous is None else previous.cpu()
+        return projection(grad.cpu(), rank, old, method).to(grad.device)
     m, n = grad.shape
     if method == "svd":
-        return torch.linalg.svd(grad, full_matrices=False)[0][:, :rank].contiguous()
+        left: Tensor = torch.linalg.svd(grad, full_matrices=False)[0]
+        return left[:, :rank].contiguous()
     generator = torch.Generator(grad.device).manual_seed(0)
     fresh = min(rank + OVERSAMPLING, m) - (0 if previous is None else rank)
     sketch = torch.randn(n, fresh, generator=generator, device=grad.device)
     if previous is not None:
         sketch = torch.cat([grad.T @ previous, sketch], dim=1)
-    basis = torch.linalg.qr(grad @ sketch)[0]  # [m, k], k = min(rank + OVERSAMPLING, m)
+    basis: Tensor = torch.linalg.qr(grad @ sketch)[0]  # [m, k], k = min(rank + OVERSAMPLING, m)
     basis = torch.linalg.qr(grad @ (grad.T @ basis))[0]
     small = basis.T @ grad
-    order = torch.linalg.eigh(small @ small.T)[1].flip(1)  # eigh sorts upwards
+    order: Tensor = torch.linalg.eigh(small @ small.T)[1].flip(1)  # eigh sorts upwards
     return (basis @ order[:, :rank]).contiguous()
 
 
@@ -37,9 +41,9 @@ class GaLore(torch.optim.Optimizer):
     """R = PᵀG on the smaller side of each matrix, Adam on R, W ← (1 − lr·wd) W − lr·scale·P N.
 
     State per matrix [m, n]: exp_avg and exp_avg_sq [rank, max(m, n)], projection [min(m, n), rank], and the
-    counters step and calls; all plain tensors. P is refreshed every `interval` calls; with `rotate` the moments
-    follow it: Q = P_newᵀ P_old, M ← Q M, V ← (Q∘Q) V. Without that an interval of 1 does not converge.
-    `found_inf`, when set to a tensor, is 1 for a step that must not move anything (as torch's own fused AdamW).
+    counters step and calls; all plain tensors. P is refreshed every `interval` calls; with `rotate` the
+    moments follow it: Q = P_newᵀ P_old, M ← Q M, V ← (Q∘Q) V. Without it an interval of 1 does not converge.
+    `found_inf`, when set to a tensor, is 1 for a step that must not move anything, as in torch's fused AdamW.
     """
 
     found_inf: Tensor | None = None
@@ -69,7 +73,7 @@ class GaLore(torch.optim.Optimizer):
                     self._update(param, group)
 
     def update_in_backward(self, max_norm: float) -> None:
-        """From now on each armed backward pass updates every matrix as soon as its gradient is whole, and frees it.
+        """From now on each armed backward pass updates a matrix once its gradient is whole, and frees that.
 
         The gradient is clipped to max_norm matrix by matrix, and one that is not finite moves nothing.
         """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,10 +24,11 @@ SPIKE = 10.0  # a norm this many times the median is a spike, if it also exceeds
 
 
 class Gate:
-    """Whether a step is bad: loss or gradient norm not finite, or the norm above both `threshold` and SPIKE medians.
+    """Whether a step is bad: loss or gradient norm not finite, or the norm a spike.
 
-    Decided on the device without a host sync. Only good norms enter the median: a NaN in it would make every later
-    comparison false. The history is part of the checkpoint, so that a resumed run decides alike.
+    A spike exceeds both `threshold` and SPIKE times the running median. Decided on the device without a host
+    sync. Only good norms enter the median: a NaN in it would make every later comparison false. The history
+    is part of the checkpoint, so that a resumed run decides alike.
     """
 
     def __init__(self, threshold: float, device: torch.device) -> None:
@@ -52,7 +54,7 @@ class Gate:
 def documents(batch: Batch) -> Iterator[Batch]:
     """The labelled documents of a packed batch, one at a time."""
     borders = batch.cu_seqlens.tolist()
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    for begin, end in pairwise(borders):
         labels = batch.labels[:, begin:end]
         labelled = int((labels != -100).sum())
         if labelled:
@@ -97,10 +99,10 @@ def non_finite_documents(model: nn.Module, batches: list[Batch], device: torch.d
 def first_non_finite_module(
     model: nn.Module, batches: list[Batch], device: torch.device, dtype: torch.dtype | None
 ) -> str | None:
-    """Name of the innermost module whose output is the first to be not finite under the run's own backends."""
+    """Name of the innermost module whose output is the first not finite one under the run's own backends."""
     found: list[str] = []
 
-    def watch(name: str):  # type: ignore[no-untyped-def]
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
                 found.append(f"{name} ({type(module).__name__})")
@@ -127,7 +129,7 @@ def first_non_finite_module(
 
 
 def dump(path: Path, model: nn.Module, batches: list[Batch]) -> None:
-    """What is needed to look into a run that was stopped: the bad batches, and one line of numbers per parameter."""
+    """To look into a run that was stopped: the bad batches, and one line of numbers per parameter."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{i}.{name}": getattr(batch, name).contiguous()

@@ -40,7 +40,7 @@ class Tracker(Protocol):
 class MetricsLog:
     """Writes rows to every sink. On opening, rows later than `upto` (the step resumed from) are dropped.
 
-    Training rows may hold device tensors: `add` keeps them, `flush` reads them all, which waits for the device once.
+    Training rows may hold device tensors: `add` keeps them, `flush` reads them all, one wait for the device.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ def _replace(path: Path, text: str) -> None:
 def moe_columns(counts: list[list[float]]) -> dict[str, Any]:
     """Router statistics of one step from the tokens per layer and expert.
 
-    moe_load: share of the tokens, per layer and expert; moe_entropy: mean over layers of the load's entropy over
-    that of equal loads, 1 is balanced; moe_dead_experts: how many got no token.
+    moe_load: share of the tokens, per layer and expert; moe_entropy: mean over layers of the load's entropy
+    over that of equal loads, 1 is balanced; moe_dead_experts: how many got no token.
     """
     if not counts:
         return {}

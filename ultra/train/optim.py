@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ultra.config.training import GROUPS, GroupOptim, TrainingConfig
 from ultra.errors import UserError
 from ultra.train.galore import GaLore
-from ultra.train.schedule import travel
+from ultra.train.schedule import lr_factor, travel
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def collect_groups(model: nn.Module, cfg: TrainingConfig) -> list[Group]:
 
     Raises ValueError unless every trainable parameter is in exactly one group.
     """
-    named: dict[str, list[NamedParam]] = model.param_groups()  # type: ignore[operator, assignment]
+    named: dict[str, list[NamedParam]] = model.param_groups()  # type: ignore[operator]
     if unknown := set(named) - set(GROUPS):
         raise ValueError(f"unknown parameter groups {sorted(unknown)}; there are {', '.join(GROUPS)}")
     seen = [id(param) for params in named.values() for _, param, _ in params]
@@ -72,7 +73,13 @@ def table(groups: list[Group]) -> str:
 
 
 def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingConfig, init_std: float) -> None:
-    """Adam moves a weight by at most about its rate per step: below init_std in all, the run stays near its start."""
+    """Adam moves a weight by about its rate per step at most; less than init_std in all is too little."""
+    if steps > cfg.scheduler_total_steps and lr_factor(steps - 1, cfg) == 0:
+        log.warning(
+            "training.max_steps=%d is beyond scheduler_total_steps=%d, where %s is at 0: the steps "
+            "after it train nothing. Raise scheduler_total_steps or min_lr_ratio",
+            steps, cfg.scheduler_total_steps, cfg.scheduler_type,
+        )  # fmt: skip
     reach = travel(steps, cfg)
     for group in groups:
         if group.params and group.optim.lr * reach < init_std:
@@ -96,7 +103,7 @@ class GroupedOptimizer:
         plain, projected = [], []
         for group in groups:
             low_rank = [
-                entry for entry in group.params if cfg.use_galore and self._eligible(entry, group, cfg)
+                entry for entry in group.params if cfg.use_galore and self.eligible(entry, group, cfg)
             ]
             chosen = {name for name, _, _ in low_rank}
             rest = [entry for entry in group.params if entry[0] not in chosen]
@@ -135,7 +142,7 @@ class GroupedOptimizer:
             )  # fmt: skip
 
     @staticmethod
-    def _eligible(entry: NamedParam, group: Group, cfg: TrainingConfig) -> bool:
+    def eligible(entry: NamedParam, group: Group, cfg: TrainingConfig) -> bool:
         _, param, decay = entry
         return (
             decay
@@ -147,7 +154,7 @@ class GroupedOptimizer:
         )
 
     @staticmethod
-    def _torch_group(group: Group, params: list[nn.Parameter], weight_decay: float) -> dict:
+    def _torch_group(group: Group, params: list[nn.Parameter], weight_decay: float) -> dict[str, Any]:
         return {
             "params": params,
             "lr": group.optim.lr,
@@ -170,14 +177,14 @@ class GroupedOptimizer:
                 group["weight_decay"] = group["base_weight_decay"] * decay
 
     def before_backward(self, skip: Tensor, loss_scale: Tensor) -> None:
-        """With galore_per_layer the coming backward pass updates the projected matrices, unless `skip` (0-d bool)."""
+        """With galore_per_layer the coming backward pass updates the matrices, unless `skip` (0-d bool)."""
         if self.per_layer is not None:
             self.per_layer.arm(skip, loss_scale)
 
     def step(self, skip: Tensor) -> None:
-        """One update; `skip` (0-d float on the parameters' device) is 1 where nothing may move, 0 otherwise."""
+        """One update; `skip` (0-d float on the parameters' device) is 1 if nothing may move, 0 otherwise."""
         for part in self.parts:
-            # The attributes through which torch's gradient scaler gates a fused optimizer without a host sync.
+            # The attributes through which torch's GradScaler gates a fused optimizer without a host sync.
             part.found_inf, part.grad_scale = skip, None  # type: ignore[attr-defined]
             part.step()
 
@@ -212,9 +219,9 @@ class GroupedOptimizer:
             rank = part.rank if isinstance(part, GaLore) else None
             if state_shapes(param, rank).get(field) != value.shape:
                 raise UserError(
-                    f"optimizer state {key!r} of shape {tuple(value.shape)} does not fit this run: use_galore, "
-                    "galore_rank and galore_max_dim must be those of the checkpoint; or start from its weights "
-                    "alone with training.init_from"
+                    f"optimizer state {key!r} of shape {tuple(value.shape)} does not fit this run: "
+                    "use_galore, galore_rank and galore_max_dim must be those of the checkpoint; or start "
+                    "from its weights alone with training.init_from"
                 )
             if value.shape == param.shape:
                 part.state[param][field] = torch.empty_like(param, dtype=value.dtype).copy_(value)

@@ -35,7 +35,7 @@ def amp_dtype(cfg: TrainingConfig, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if use_bf16 else torch.float16
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

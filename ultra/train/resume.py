@@ -22,7 +22,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def find_start(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh run. `resume`: auto, never or a path. Raises UserError."""
+    """The checkpoint to go on from, or None for a fresh run. `resume` is auto, never or a path."""
     existing = checkpoint.steps(run_dir)
     if resume == "never":
         if existing:

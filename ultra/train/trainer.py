@@ -99,7 +99,7 @@ class Trainer:
         self.made: list[Made] = []  # since the last look at the flags
 
     def run(self) -> int:
-        s, cfg = self.state, self.training
+        s, cfg, other = self.state, self.training, self.training.optim("other")
         self.metrics = self.open_metrics()
         batches = self.data.train_batches(s.data_step, rank=self.rank, world_size=self.world_size)
         self.model.train()
@@ -136,7 +136,7 @@ class Trainer:
                     {
                         "step": s.step,
                         "loss": loss,
-                        "lr": cfg.lr_other * factor,  # the group that every model has
+                        "lr": other.lr * factor,  # the group that every model has
                         "grad_norm": norm,
                         "tokens": s.tokens,
                         "data_wait_ms": round(data_wait * 1e3, 3),
@@ -162,8 +162,8 @@ class Trainer:
     def backward(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor, list[Any]]:
         """Gradient of the mean cross-entropy over all labelled tokens of the step, plus the auxiliary losses.
 
-        Token-weighted: any split of the same samples into micro-batches gives the same gradient. Returns that mean,
-        the auxiliary losses, and each MoE layer's MoEStats with the counts of the whole step.
+        Token-weighted: any split of the same samples into micro-batches gives the same gradient. Returns that
+        mean, the auxiliary losses, and each MoE layer's MoEStats with the counts of the whole step.
         """
         labelled = sum(batch.num_labelled for batch in micro_batches)
         loss = aux_loss = torch.zeros((), device=self.device)
@@ -243,9 +243,10 @@ class Trainer:
     def look_at_flags(self) -> None:
         """The policy for the window of steps since the last look; every bad one of them was skipped already.
 
-        A non-finite step is run again on the reference ops in fp32: when that is finite, the run goes on with them.
-        After max_nan_retries bad windows in a row the run goes back to its last good checkpoint at half the rates and
-        passes over the samples; when that checkpoint was gone back to before, or there is none, Diverged.
+        A non-finite step is run again on the reference ops in fp32: when that is finite, the run goes on with
+        them. After max_nan_retries bad windows in a row the run goes back to its last good checkpoint at half
+        the rates and passes over the samples; when that checkpoint was gone back to before, or there is none,
+        Diverged.
         """
         window, self.made = self.made, []
         faults = [made for made in window if made.fault]
@@ -258,8 +259,8 @@ class Trainer:
         listed = ", ".join(str(made.step) for made in faults)
         samples = sorted(batch.first_sample for made in faults for batch in made.batches)
         log.warning(
-            "skipped step %s (bad window %d in a row): loss or gradient norm not finite, or a spike; micro-batches "
-            "from samples %s",
+            "skipped step %s (bad window %d in a row): loss or gradient norm not finite, or a spike; "
+            "micro-batches from samples %s",
             listed, s.bad_windows, ", ".join(map(str, samples[:16])),
         )  # fmt: skip
         not_finite = [made for made in faults if not made.finite]
@@ -269,14 +270,14 @@ class Trainer:
             self.go_back(faults[-1].batches)
 
     def diagnose(self, batches: list[Batch]) -> None:
-        """Tell a fault of data or weights from one of a kernel or of mixed precision, and act on the latter."""
+        """Tell a fault of data or weights from one of a kernel or mixed precision, and act on the latter."""
         if found := health.non_finite_documents(self.model, batches, self.device):
             log.warning("not finite on the reference ops in fp32 either: %s", "; ".join(found[:8]))
             return
         where = health.first_non_finite_module(self.model, batches, self.device, self.amp_dtype)
         log.warning(
-            "finite on the reference ops in fp32: a kernel or the mixed precision is at fault%s. Going on with the "
-            "reference ops in fp32, slowly; please report this with the output of `ultra doctor`",
+            "finite on the reference ops in fp32: a kernel or the mixed precision is at fault%s. Going on "
+            "with the reference ops in fp32, slowly; please report this with the output of `ultra doctor`",
             f", first in {where}" if where else "",
         )
         self.state.reference_ops, self.state.bad_windows = True, 0
@@ -290,14 +291,15 @@ class Trainer:
         else:
             step = -1
         if step in (-1, s.rolled_back_to):
-            health.dump(self.run_dir / f"dump-step-{s.step:08d}", self.model, batches)
+            dump = self.run_dir / f"dump-step-{s.step:08d}"
+            health.dump(dump, self.model, batches)
             reason = (
                 "there is no good checkpoint" if step == -1 else f"going back to step {step} did not help"
             )
             raise Diverged(
-                f"stopped at step {s.step}: {s.bad_windows} bad windows in a row and {reason}. The last bad batches "
-                f"and figures per parameter are in {self.run_dir / f'dump-step-{s.step:08d}'}. Try lower rates, "
-                "a longer warm-up, or a smaller grad_clip_max_norm"
+                f"stopped at step {s.step}: {s.bad_windows} bad windows in a row and {reason}. The last bad "
+                f"batches and figures per parameter are in {dump}. Try lower rates, a longer warm-up, or a "
+                "smaller grad_clip_max_norm"
             )
         now = dataclasses.replace(s)
         self.restore(path)
@@ -428,7 +430,7 @@ class Trainer:
 
 
 def counter_seed(*counters: int) -> int:
-    """A generator seed that depends on nothing but the counters: the same after a resume or a recomputation."""
+    """A generator seed that depends on the counters alone: the same after a resume or a recomputation."""
     digest = hashlib.blake2b(struct.pack(f"<{len(counters)}q", *counters), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -442,7 +444,7 @@ def versions() -> dict[str, str]:
 
 
 def start(trainer: Trainer, path: Path | None) -> None:
-    """Bring a new trainer to where the run stands: a checkpoint's state, or init_from's weights, or nothing."""
+    """Bring a new trainer to where the run stands: a checkpoint's state, init_from's weights, or nothing."""
     init_from = trainer.training.init_from
     if path is not None:
         refuse_other_model(trainer.cfg, path)
@@ -458,10 +460,10 @@ def start(trainer: Trainer, path: Path | None) -> None:
 
 
 def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
-    """Train as `cfg` says in `run_dir` and return the exit code: 0 done, 1 diverged, 75 interrupted and resumable.
+    """Train as `cfg` says in `run_dir`; the exit code: 0 done, 1 diverged, 75 interrupted and resumable.
 
-    resume: "auto" goes on from the run folder's newest whole checkpoint if there is one, "never" refuses a folder
-    that has one, a path goes on from that checkpoint. Raises UserError for what the user can mend.
+    resume: "auto" goes on from the run folder's newest whole checkpoint if there is one, "never" refuses a
+    folder that has one, a path goes on from that checkpoint. Raises UserError for what the user can mend.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -501,8 +503,8 @@ def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> 
         code = trainer.run()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory ({error}); lower training.batch_size (and raise gradient_accumulation_steps alike), "
-            "or set model.gradient_checkpointing=true"
+            f"out of GPU memory ({error}); lower training.batch_size (and raise gradient_accumulation_steps "
+            "alike), or set model.gradient_checkpointing=true"
         ) from error
     finally:
         data.close()

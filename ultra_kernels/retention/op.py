@@ -13,6 +13,7 @@ from . import reference
 Direction = Literal["forward", "backward", "bidirectional"]
 
 OP = Op("retention", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+STEP = Op("retention_step", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
 
 
 @overload
@@ -117,7 +118,7 @@ def retention_step(
             f"retention_step: state has shape {tuple(state.shape)}, must be {(*q.shape, v.shape[-1])}"
         )
     q, k, v = autocast(q, k, v)
-    OP.choose(backend, q)
+    STEP.choose(backend, q)
     with full_precision(q):
         return reference.retention_step(q, k, v, log_decay, state, scale)
 
