@@ -1,5 +1,8 @@
 // The pybind11 module ultra_kernels._C, and nothing else: addresses and sizes in, one call of the instruction set in use.
 // Callers (ultra_kernels/<op>/native.py) own every check; the GIL is released while a kernel runs.
+#include "common/row_blocks.h"
+#include "common/simd_test.h"
+#include "derf/derf.h"
 #include "dyt/dyt.h"
 
 #include <pybind11/pybind11.h>
@@ -72,12 +75,26 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &supported_isas, "Instruction sets that this CPU and this build have, slowest first.");
     m.def("isa", [] { return kIsaNames[static_cast<int>(g_isa)]; }, "The instruction set in use.");
     m.def("set_isa", &set_isa, "Uses another instruction set from now on; for tests and measurements.");
+    m.def("simd_apply", [](int function, Address x, Address y, int64_t n) {
+        ULTRA_PICK(simd_apply)(function, fin(x), fout(y), n);
+    }, Nogil());
+    m.def("row_blocks", &ultra::row_blocks);
+
+    m.def("derf_forward", [](Address x, float alpha, float shift, Address weight, Address bias, Address y,
+                             int64_t rows, int64_t D, int dtype, int threads) {
+        ULTRA_PICK(derf_forward)(in(x), alpha, shift, fin(weight), fin(bias), out(y), rows, D, dtype, threads);
+    }, Nogil());
+    m.def("derf_backward", [](Address dy, Address x, float alpha, float shift, Address weight, Address dx,
+                              Address dalpha_dshift, Address dweight, Address dbias, Address scratch, int64_t rows,
+                              int64_t D, int dtype, int threads) {
+        ULTRA_PICK(derf_backward)(in(dy), in(x), alpha, shift, fin(weight), out(dx), fout(dalpha_dshift),
+                                  fout(dweight), fout(dbias), fout(scratch), rows, D, dtype, threads);
+    }, Nogil());
 
     m.def("dyt_forward", [](Address x, float alpha, Address weight, Address bias, Address y, int64_t rows, int64_t D,
                             int dtype, int threads) {
         ULTRA_PICK(dyt_forward)(in(x), alpha, fin(weight), fin(bias), out(y), rows, D, dtype, threads);
     }, Nogil());
-    m.def("dyt_blocks", &ultra::dyt_blocks);
     m.def("dyt_backward", [](Address dy, Address x, float alpha, Address weight, Address dx, Address dalpha,
                              Address dweight, Address dbias, Address scratch, int64_t rows, int64_t D, int dtype,
                              int threads) {

@@ -40,7 +40,9 @@ def load(path: str | Path, which: Which = "latest", device: str = "auto") -> Pip
         raise UserError(f"{folder}: no {' and no '.join(missing)} beside the weights")
     cfg = load_config(folder / "config.yaml")
     vocabulary = load_tokenizer(folder)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's stream alone
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initial weights are overwritten: leave the caller's stream alone
         model = build_model(cfg)
     checkpoint.copy_into(model, checkpoint.read_tensors(folder, "model.safetensors"), folder)
     return Pipeline(model, vocabulary, cfg, folder, pick_device(device))
@@ -115,9 +117,7 @@ class Pipeline:
             for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
-    def embed(
-        self, texts: str | Iterable[str], pooling: Literal["mean", "cls"] = "mean"
-    ) -> np.ndarray:
+    def embed(self, texts: str | Iterable[str], pooling: Literal["mean", "cls"] = "mean") -> np.ndarray:
         """Embeddings float32 `[n, hidden_size]`, one row a text (a single string is one text).
 
         mean: over the last hidden states of all the text's tokens, [CLS] and [SEP] included; cls: that of [CLS].
@@ -128,7 +128,9 @@ class Pipeline:
             raise UserError(f"pooling={pooling!r}: it must be 'mean' or 'cls'")
         texts = [texts] if isinstance(texts, str) else list(texts)
         encoded = self.vocabulary.encode_documents(texts)
-        if empty := [str(i) for i, ids in enumerate(encoded, start=1) if len(ids) == 0 or not texts[i - 1].strip()]:
+        if empty := [
+            str(i) for i, ids in enumerate(encoded, start=1) if len(ids) == 0 or not texts[i - 1].strip()
+        ]:
             shown = ", ".join(empty[:8]) + (" ..." if len(empty) > 8 else "")
             raise UserError(f"nothing to embed: text {shown} of {len(texts)} is empty")
         if long := sum(len(ids) > self.max_tokens for ids in encoded):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ class Case:
     small: names of parameters that stay float32 beside half-precision inputs.
     constant: names of float tensors that get no gradient.
     reduction: the longest sum behind any output or gradient element; tolerances grow with its square root.
+    scales: for gradients that are one number, a sum of signed terms that may cancel: the sum's root mean square.
+        Errors are measured against at least this, since the value says nothing of the size of the terms.
+    through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded to
+        the dtype under test, such as operands of a half-precision matrix product.
     elements: input and output elements that must cross memory once (bytes = elements × item size).
     """
 
@@ -33,6 +38,8 @@ class Case:
     small: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
     bench: bool = False
+    scales: dict[str, float] = field(default_factory=dict)
+    through_half: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
@@ -97,20 +104,29 @@ def run(
     return {n: t.detach() for n, t in named.items()}
 
 
-def tolerance(expected: torch.Tensor, dtype: torch.dtype, reduction: int) -> float:
+def tolerance(expected: torch.Tensor, dtype: torch.dtype, reduction: int, least_scale: float = 0.0) -> float:
     """Largest accepted absolute error: rounding to `dtype` of the result and of one intermediate, plus float32 sums.
 
     A sum of n terms of one size, rounded at every step, errs by about eps·sqrt(n); 4 covers the spread of the maximum
     over many elements.
     """
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    scale = max(least_scale, float(expected.abs().max()) if expected.numel() else 0.0)
     eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     halves = 2 * eps if dtype != torch.float32 else 0.0
     return max(scale, 1e-30) * (halves + 4 * eps32 * max(reduction, 1) ** 0.5)
 
 
-def compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], reduction: int) -> list[str]:
-    """One line per tensor that is missing, misshapen, not finite, or further off than its tolerance."""
+def compare(
+    got: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    reduction: int,
+    scales: Mapping[str, float] = MappingProxyType({}),
+    rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> list[str]:
+    """One line per tensor that is missing, misshapen, not finite, or further off than its tolerance.
+
+    `rounded`: for results whose intermediates have a narrower dtype than they have themselves, that dtype.
+    """
     wrong = [f"{n}: missing" for n in expected if n not in got]
     for name, value in got.items():
         want = expected[name]
@@ -121,7 +137,7 @@ def compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], red
             wrong += [] if torch.equal(value.cpu(), want) else [f"{name}: integers differ"]
             continue
         error = (value.cpu().double() - want).abs()
-        limit = tolerance(want, value.dtype, reduction)
+        limit = tolerance(want, rounded.get(name, value.dtype), reduction, scales.get(name, 0.0))
         if value.numel() and not float(error.max()) <= limit:
             wrong.append(f"{name}: error {float(error.max()):.3g} > {limit:.3g} (values up to {float(want.abs().max()):.3g})")
     return wrong

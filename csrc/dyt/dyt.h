@@ -10,12 +10,7 @@ ULTRA_FOR_EACH_ISA(
                      int64_t D, int dtype, int threads);
 
     // dweight, dbias: [D], dalpha: [1], all float32 and written, not added to.
-    // scratch: dyt_blocks(rows) * (2 * D + 1) floats.
+    // scratch: row_blocks(rows) * (2 * D + 2) floats.
     void dyt_backward(const void* dy, const void* x, float alpha, const float* weight, void* dx, float* dalpha,
                       float* dweight, float* dbias, float* scratch, int64_t rows, int64_t D, int dtype, int threads);
 )
-
-namespace ultra {
-// Row blocks of the backward sums: a function of the shape alone (see common/parallel.h).
-inline int64_t dyt_blocks(int64_t rows) { return rows < 64 ? 1 : (rows < 2048 ? 4 : 16); }
-}  // namespace ultra

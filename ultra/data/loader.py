@@ -81,8 +81,8 @@ def _unpack(
 ) -> Batch:
     labels = np.full(len(ids), IGNORE, dtype=np.int64)
     labels[at] = targets
-    tensors = (torch.from_numpy(x) for x in (ids.astype(np.int64)[None], labels[None], cu_seqlens))
-    return Batch(*tensors, max_seqlen=longest, num_labelled=len(at), first_sample=first)
+    wide = torch.from_numpy(ids.astype(np.int64))[None]
+    return Batch(wide, torch.from_numpy(labels)[None], torch.from_numpy(cu_seqlens), longest, len(at), first)
 
 
 class BatchMaker:
@@ -187,7 +187,7 @@ class CorpusData:
         self._split = make_split(t.val_fraction, cache.index(cache.units[0])[1])
         self._windows = lru_cache(maxsize=None)(self._count)
         self._counts = np.empty(0, dtype=np.int64)
-        # Workers ignore SIGTERM, which is how multiprocessing would end them at exit: they must be gone by then.
+        # workers ignore SIGTERM, by which multiprocessing would end them at exit: close() must come first
         self._open_iterators: weakref.WeakSet[Generator[list[Batch], None, None]] = weakref.WeakSet()
         atexit.register(_close, weakref.ref(self))
 

@@ -83,7 +83,7 @@ class Masker:
         chosen = choice < self._chosen_below
         per_window = np.add.reduceat(chosen, borders[:-1], dtype=np.int64)
         for i in np.flatnonzero(per_window == 0):
-            lowest = borders[i] + np.argmin(choice[borders[i] : borders[i + 1]])
+            lowest = int(borders[i]) + int(np.argmin(choice[borders[i] : borders[i + 1]]))
             chosen[lowest] = choice[lowest] < 2**32
 
         at = np.flatnonzero(chosen)

@@ -135,7 +135,15 @@ class BuiltinSource(Source):
 
     def _files(self) -> list[Path]:
         # site-packages differs from machine to machine; tests and character tables hold no prose
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+        left_out = {
+            "site-packages",
+            "dist-packages",
+            "test",
+            "tests",
+            "idle_test",
+            "encodings",
+            "__pycache__",
+        }
         files: list[Path] = []
         for folder, below, names in os.walk(self.root):
             below[:] = [name for name in below if name not in left_out]
@@ -196,9 +204,13 @@ def _docstrings(path: Path) -> list[str]:
     return [text for text in texts if len(text) >= MIN_DOCSTRING]
 
 
-def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Modules, classes and functions in the order of the text. Only statements are looked into: ast.walk visits
-    every expression and takes as long as parsing."""
+def _documented(
+    node: ast.AST,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Modules, classes and functions in the order of the text.
+
+    Only statements are looked into: ast.walk visits every expression and takes as long as parsing.
+    """
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield node
     for part in ("body", "handlers", "orelse", "finalbody"):

@@ -117,35 +117,34 @@ class Sample:
 
 
 class SampleOrder:
-    """n -> (unit, window) for windows per unit `counts`; O(number of units) once per epoch, then O(log
-    units).
-    """
+    """n -> (unit, window), given the windows of each unit; O(units) once per epoch and new unit."""
 
     def __init__(self, seed: int) -> None:
         self._units = RandomBits(UNIT_ORDER, seed)
         self._windows = RandomBits(WINDOW_ORDER, seed)
         self._permutation = lru_cache(maxsize=4)(self._permute)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._total, self._counts = 0, np.empty(0, dtype=np.int64)
+        self._epoch, self._order, self._ends = -1, self._counts, self._counts
 
     def locate(self, n: int, counts: np.ndarray, complete: bool) -> Sample | None:
-        """The n-th sample; None when it lies behind the units that exist so far (complete = no more will
-        come).
+        """The n-th sample; None when no unit holds it yet, or none ever will (complete = no more will come).
+
+        counts [units] int64; from call to call it may grow, not change.
         """
-        total = int(counts.sum())
-        if n >= total and not complete:
+        if len(counts) != len(self._counts):
+            self._total, self._counts, self._epoch = int(counts.sum()), counts, -1
+        if n >= self._total and not (complete and self._total):
             return None
-        epoch, position = divmod(n, total)
-        if epoch == 0:
-            units, ends = np.arange(len(counts)), np.cumsum(counts)
-        else:
-            if self._epoch is None or self._epoch[0] != epoch:
-                order = self._units.permutation(epoch, len(counts))
-                self._epoch = (epoch, order, np.cumsum(counts[order]))
-            _, units, ends = self._epoch
-        place = int(np.searchsorted(ends, position, side="right"))
-        unit = int(units[place])
-        inside = position - int(ends[place] - counts[unit])
-        return Sample(n, unit, int(self._permutation(epoch, unit, int(counts[unit]))[inside]))
+        epoch, position = divmod(n, self._total)
+        if epoch != self._epoch:
+            count = len(counts)
+            order = self._units.permutation(epoch, count) if epoch else np.arange(count, dtype=np.int64)
+            self._epoch, self._order, self._ends = epoch, order, np.cumsum(counts[order])
+        place = int(self._ends.searchsorted(position, side="right"))
+        unit = int(self._order[place])
+        size = int(counts[unit])
+        inside = position - int(self._ends[place]) + size
+        return Sample(n, unit, int(self._permutation(epoch, unit, size)[inside]))
 
     def _permute(self, epoch: int, unit: int, count: int) -> np.ndarray:
         return self._windows.permutation(epoch * MAX_UNITS + unit, count)

@@ -76,8 +76,10 @@ class RetNet(Mixer):
         q, k, v = (t.view(B, T, self.H, -1) for t in (q, k, v))
         if self.inv_freq is not None:
             q, k = (rotary(t, seqs.positions, inv_freq=self.inv_freq) for t in (q, k))
+        # up to about 8 K tokens one product of scores costs less than the states between chunks
+        chunk_size = self.chunk_size if seqs.max_seqlen > 8 * self.K else None
         y = retention(
             q, k, v, self.log_decay, scale=self.scale, direction=self.direction, cu_seqlens=seqs.cu_seqlens,
-            chunk_size=self.chunk_size,
+            chunk_size=chunk_size,
         )  # fmt: skip
         return self.out(silu(g) * self.head_norm(y).reshape(g.shape))

@@ -81,13 +81,14 @@ def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingCon
             steps, cfg.scheduler_total_steps, cfg.scheduler_type,
         )  # fmt: skip
     reach = travel(steps, cfg)
-    for group in groups:
-        if group.params and group.optim.lr * reach < init_std:
-            log.warning(
-                "training.lr_%s=%g over %d steps moves a weight by at most about %.2g, less than its initial "
-                "standard deviation %g: these parameters hardly train. Raise lr_%s, or train longer.",
-                group.name, group.optim.lr, steps, group.optim.lr * reach, init_std, group.name,
-            )  # fmt: skip
+    slow = [group for group in groups if group.params and group.optim.lr * reach < init_std]
+    if slow:
+        log.warning(
+            "hardly trains: %s; over %d steps these rates move a weight by less than its initial standard "
+            "deviation %g. Raise them, or train longer",
+            ", ".join(f"lr_{g.name}={g.optim.lr:g} (moves {g.optim.lr * reach:.2g})" for g in slow),
+            steps, init_std,
+        )  # fmt: skip
 
 
 class GroupedOptimizer:

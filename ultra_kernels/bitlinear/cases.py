@@ -61,6 +61,7 @@ def _case(
         name=name,
         make=make,
         small=("bias", "norm_weight"),
+        through_half=("dnorm_weight",),
         reduction=max(rows, K, N) * (2 if norm else 1),
         elements=rows * (K + N) + N * K,
         flops=2 * rows * N * K,

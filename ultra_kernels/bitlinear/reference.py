@@ -79,8 +79,7 @@ def bitlinear(
     """`dtype` is that of the matrix product and of the result; the quantisers see x and weight as they are."""
     if norm_weight is not None:
         x = rms_norm(x, norm_weight)
-    return functional.linear(
-        fake_quantize_tokens(x, dtype),
-        fake_quantize_weight(weight, scale, dtype),
-        None if bias is None else bias.to(dtype),
-    )
+    x_hat, w_hat = fake_quantize_tokens(x, dtype), fake_quantize_weight(weight, scale, dtype)
+    if bias is None or bias.dtype == dtype:
+        return functional.linear(x_hat, w_hat, bias)
+    return (functional.linear(x_hat, w_hat) + bias).to(dtype)  # a float32 bias gets a float32 gradient

@@ -33,6 +33,8 @@ def _case(name: str, *shape: int, transposed: bool = False, spread: float = 2.0,
         reduction=rows * D,
         elements=2 * rows * D,
         flops=10 * rows * D,
+        # each term is cotangent · weight · slope (· x): of size 1/2 where |x| is up to 2, nothing beyond
+        scales=dict.fromkeys(("dalpha",), 0.5 * (rows * D / max(1.0, spread / 2)) ** 0.5),
         bench=bench,
     )
 

@@ -27,7 +27,7 @@ def backward(
     rows = x.numel() // D if D else 0
     dx = torch.empty_like(x)
     dalpha, dweight, dbias = (torch.empty(n, dtype=torch.float32) for n in (1, D, D))
-    scratch = torch.empty(C.dyt_blocks(rows) * (2 * D + 1), dtype=torch.float32)
+    scratch = torch.empty(C.row_blocks(rows) * (2 * D + 2), dtype=torch.float32)
     C.dyt_backward(
         grad.data_ptr(), x.data_ptr(), float(alpha), weight.data_ptr(), dx.data_ptr(), dalpha.data_ptr(),
         dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(), rows, D, DTYPES[x.dtype], torch.get_num_threads(),

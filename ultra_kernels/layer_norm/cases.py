@@ -29,6 +29,7 @@ def _case(
         name=name,
         make=make,
         small=("weight", "bias"),
+        through_half=("dweight",) if residual else (),  # the sum x + residual
         reduction=max(rows, D),
         elements=(4 if residual else 2) * rows * D,
         flops=8 * rows * D,

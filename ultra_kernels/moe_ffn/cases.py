@@ -70,7 +70,7 @@ def _case(
         draw_weight = (lambda *s: ternary_weights(g, *s)) if bitnet else (lambda *s: normal(*s, scale=s[-1] ** -0.5))
         logits = distinct_logits(g, T, E).double()
         if one_expert:  # all tokens go to expert 0, the others get none
-            logits[:, 0] += 8
+            logits[:, 0] += 2
         inputs: Inputs = {
             "router_logits": logits,
             "w_in": torch.stack([draw_weight(rows_in, D) for _ in range(E)]),
@@ -104,6 +104,7 @@ def _case(
         make=make,
         small=("router_logits", "b_in", "b_out", "sub_norm", "select_bias"),
         constant=("select_bias",),
+        through_half=("drouter_logits", "db_in", "db_out", "dsub_norm"),
         # the longest: a weight's gradient over its tokens, or dx through both products
         reduction=max(T * k, D * rows_in),
         elements=2 * T * D + T * E + E * (rows_in + F) * D,

@@ -63,7 +63,7 @@ def _grouped_forward(
         if bias is None:
             torch.mm(x[rows], weight[e].t(), out=y[rows])
         else:
-            torch.addmm(bias[e], x[rows], weight[e].t(), out=y[rows])
+            torch.addmm(bias[e].to(x.dtype), x[rows], weight[e].t(), out=y[rows])
     return y
 
 
@@ -72,23 +72,23 @@ def _grouped_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)  # zeros stay where an expert had no row
-    dbias = weight.new_zeros(weight.shape[:2])
+    dbias = weight.new_zeros(weight.shape[:2], dtype=torch.promote_types(weight.dtype, torch.float32))
     for e, rows in _segments(ends):
         torch.mm(grad[rows], weight[e], out=dx[rows])
         torch.mm(grad[rows].t(), x[rows], out=dweight[e])
-        torch.sum(grad[rows], 0, out=dbias[e])
+        torch.sum(grad[rows], 0, dtype=dbias.dtype, out=dbias[e])
     return dx, dweight, dbias
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, weight, bias, ends = inputs
     ctx.save_for_backward(x, weight, ends)
-    ctx.bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     dx, dweight, dbias = _grouped_linear_backward(grad, *ctx.saved_tensors)
-    return dx, dweight, dbias if ctx.bias else None, None
+    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
 
 
 # y[r] = weight[e] x[r] + bias[e] for the rows r of expert e, ends[e−1] <= r < ends[e]. Opaque to torch.compile, because
@@ -102,7 +102,7 @@ _grouped_linear, _grouped_linear_backward = define_differentiable(
     backward_fake=lambda grad, x, weight, ends: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
-        weight.new_empty(weight.shape[:2]),
+        weight.new_empty(weight.shape[:2], dtype=torch.promote_types(weight.dtype, torch.float32)),
     ),
     setup_context=_setup_context,
     gradients=_gradients,
@@ -145,7 +145,6 @@ def moe_ffn(
             # One scale per expert: the weights are quantised matrix by matrix.
             weight = torch.stack([fake_quantize_weight(w, "mean", dtype) for w in weight.unbind(0)])
             rows = fake_quantize_tokens(rows, dtype)
-        bias = None if bias is None else bias.to(dtype)
         return _grouped_linear(rows.to(dtype), weight.to(dtype), bias, ends)
 
     h = expert_linear(_Take.apply(x, order // top_k, inverse, top_k), w_in, b_in)

@@ -28,6 +28,7 @@ def retention(
     cu_seqlens: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: Literal[False] = False,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor: ...
 
@@ -44,6 +45,7 @@ def retention(
     cu_seqlens: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: Literal[True],
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -59,6 +61,7 @@ def retention(
     cu_seqlens: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o_n = scale · Σ_m gamma_h^|n-m| (q_n·k_m) v_m over m <= n (forward), m >= n (backward) or all m (bidirectional).
@@ -66,7 +69,8 @@ def retention(
     q, k `[B,T,H,K]`, v `[B,T,H,V]`; log_decay `[H]` = ln gamma <= 0, without gradient; scale None = K^-0.5, a number, or a
     tensor `[H]`. With cu_seqlens int32 `[num_seqs + 1]`, B is 1 and the sequences lie end to end along T.
     Forward only: initial_state `[num_seqs,H,K,V]` is S_0 in S_n = gamma S_{n-1} + k_n v_n^T, o_n = scale · q_n^T S_n, and
-    output_final_state returns (o, S_T), float32 or wider. o has q's dtype.
+    output_final_state returns (o, S_T), float32 or wider. o has q's dtype. chunk_size asks for
+    the chunkwise form with chunks of that length, None chooses by cost; the result differs in rounding alone.
     Raises ValueError, BackendUnavailable. After Sun et al. 2023 (arXiv:2307.08621).
     """
     if direction not in ("forward", "backward", "bidirectional"):
@@ -81,6 +85,8 @@ def retention(
     check_cu_seqlens("retention", q, cu_seqlens)
     if direction != "forward" and (initial_state is not None or output_final_state):
         raise ValueError(f"retention: a state needs direction='forward', got {direction!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"retention: chunk_size is {chunk_size}; it must be at least 1")
     want = (B if cu_seqlens is None else cu_seqlens.numel() - 1, H, K, v.shape[-1])
     if initial_state is not None and initial_state.shape != want:
         raise ValueError(f"retention: initial_state has shape {tuple(initial_state.shape)}, must be {want}")
@@ -88,7 +94,7 @@ def retention(
     OP.choose(backend, q)
     with full_precision(q):
         return reference.retention(
-            q, k, v, log_decay, scale, direction, cu_seqlens, initial_state, output_final_state
+            q, k, v, log_decay, scale, direction, cu_seqlens, initial_state, output_final_state, chunk_size
         )
 
 

@@ -37,7 +37,7 @@ def ternary_linear(
 ) -> torch.Tensor:
     codes, step = quantize_tokens(x)
     product = ternary_matmul(codes.reshape(-1, K).to(torch.int8), packed, K)
-    y = product.to(step.dtype).view(*x.shape[:-1], -1) * (step * scale)
+    y = product.to(step.dtype).view(*x.shape[:-1], product.shape[1]) * (step * scale)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)

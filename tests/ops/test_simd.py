@@ -1,0 +1,67 @@
+"""exp, tanh and erf of csrc/common/simd.h against float64, over all of float32, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ultra_kernels import _native
+
+pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
+
+ULP = 1.5  # what the comments of simd.h promise
+# function -> number in simd_apply, float64 truth
+FUNCTIONS = {"exp": (0, torch.exp), "tanh": (1, torch.tanh), "erf": (2, torch.special.erf)}
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def library(request):
+    C = _native.load()
+    if request.param not in C.isas():
+        pytest.skip(f"this CPU has {C.isas()}")
+    best = C.isa()
+    C.set_isa(request.param)
+    yield C
+    C.set_isa(best)
+
+
+def apply(C, name: str, x: torch.Tensor) -> torch.Tensor:
+    y = torch.full_like(x, 7.0)
+    C.simd_apply(FUNCTIONS[name][0], x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
+def every_4099th_float() -> torch.Tensor:
+    """A million floats spread over all bit patterns, denormals, infinities and NaN among them."""
+    return torch.arange(0, 2**32, 4099).to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_units_in_the_last_place(library, name):
+    truth = FUNCTIONS[name][1]
+    dense = torch.linspace(-10, 10, 1_000_001)  # where the functions bend and their branches meet
+    x = torch.cat([every_4099th_float(), dense])
+    if name == "exp":  # below -87.3 it flushes to zero instead of a denormal: the next test
+        x = torch.cat([x[~(x < -87.3)], torch.linspace(-87.3, 88.8, 100_000)])
+    got, want = apply(library, name, x).double(), truth(x.double())
+    assert torch.equal(got.isnan(), want.isnan())
+    fine = want.float().isfinite()
+    assert torch.equal(got[~fine & ~want.isnan()], want.float().double()[~fine & ~want.isnan()])
+    got, want = got[fine], want[fine]
+    ulp = torch.ldexp(torch.ones_like(want), torch.frexp(want)[1] - 24).clamp(min=2.0**-149)
+    error = (got - want).abs() / ulp
+    worst = int(error.argmax())
+    off = float(error[worst])
+    assert off <= ULP, f"{name}({float(x[fine][worst])!r}) is off by {off} ulp"
+
+
+def test_exp_flushes_denormal_results_to_zero(library):
+    x = torch.linspace(-110, -87.34, 1001)
+    assert torch.equal(apply(library, "exp", x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 15, 16, 17])
+def test_no_element_past_the_end(library, n):
+    x, y = torch.full((32,), 0.5), torch.full((32,), 7.0)
+    library.simd_apply(1, x.data_ptr(), y.data_ptr(), n)
+    assert torch.equal(y[n:], torch.full((32 - n,), 7.0)) and bool((y[:n] != 7.0).all())

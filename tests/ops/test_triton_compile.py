@@ -1,0 +1,226 @@
+"""Every Triton configuration that the ops ship, compiled for each architecture on a machine without a GPU.
+
+A configuration may not spill registers to memory, and its shared memory must fit. Results are kept in
+pytest's cache by a hash of source, configuration and compiler versions: a second run compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ultra_kernels
+from ultra_kernels._dispatch import OPS
+from ultra_kernels._testing import Case, cases
+from ultra_kernels._triton import ARCHS, Configuration
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET=1: kernels are Python functions"
+)
+
+# Bytes of shared memory that one program may have (CUDA programming guide, "maximum per thread block").
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TRITON_OPS = [name for name, op in OPS.items() if "triton" in op.names]
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+         torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Usage:
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+def parse(ptxas_log: str) -> dict[str, int]:
+    """The figures that `ptxas -v` prints for one kernel."""
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas_log)
+    registers = re.search(r"Used (\d+) registers", ptxas_log)
+    if stack is None or registers is None:
+        raise ValueError(f"ptxas -v printed no figures:\n{ptxas_log}")
+    names = ("stack", "spill_stores", "spill_loads")
+    return {"registers": int(registers[1]), **{n: int(v) for n, v in zip(names, stack.groups(), strict=True)}}
+
+
+def problems(usage: Usage, arch: int) -> list[str]:
+    found = []
+    if usage.spill_stores:
+        found.append(f"spills {usage.spill_stores} bytes ({usage.registers} registers)")
+    if usage.shared > SHARED_LIMIT[arch]:
+        found.append(f"needs {usage.shared} bytes of shared memory; sm_{arch} has {SHARED_LIMIT[arch]}")
+    return found
+
+
+def compile_for(configuration: Configuration, arch: int) -> Usage:
+    kernel, names = configuration.kernel, configuration.kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: configuration.signature.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in configuration.constexprs.items()},
+        # what a launch passes for aligned addresses: without it loads are not vectorised and the figures mislead
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in configuration.aligned},
+    )
+    options = {f: getattr(configuration, f) for f in ("num_warps", "num_stages", "enable_fp_fusion")}
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.cache.dir = folder  # an empty cache: Triton runs ptxas itself, with its own flags
+        triton.knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert compiled.asm["cubin"]
+    return Usage(**parse(log.getvalue()), shared=compiled.metadata.shared)
+
+
+def key(configuration: Configuration, arch: int) -> str:
+    parts = [configuration.kernel.cache_key, repr(dataclasses.replace(configuration, kernel=None)), arch]
+    parts += [triton.__version__, get_ptxas(arch).version, Path(__file__).read_text()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def shipped() -> list[Any]:
+    return [
+        pytest.param(configuration, arch, id=f"{name}-{configuration.name}-sm{arch}")
+        for name in TRITON_OPS
+        for configuration in OPS[name].module("triton").configurations()
+        for arch in configuration.archs
+    ]
+
+
+@pytest.mark.parametrize(("configuration", "arch"), shipped())
+def test_shipped_configuration(configuration: Configuration, arch: int, pytestconfig: pytest.Config) -> None:
+    result = pytestconfig.cache.mkdir("triton_compile") / f"{key(configuration, arch)}.json"
+    if result.is_file():
+        usage = Usage(**json.loads(result.read_text()))
+    else:
+        usage = compile_for(configuration, arch)
+        result.write_text(json.dumps(dataclasses.asdict(usage)))
+    assert not problems(usage, arch), f"{configuration.name}: {problems(usage, arch)}"
+
+
+@pytest.mark.parametrize("name", TRITON_OPS)
+def test_every_architecture_is_served(name: str) -> None:
+    archs = {arch for c in OPS[name].module("triton").configurations() for arch in c.archs}
+    assert archs == set(ARCHS)
+
+
+def launches(name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """(kernel, bound arguments, options) of each launch that the op makes; nothing runs."""
+    seen: list[tuple] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in self.arg_names}
+        seen.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
+
+    OPS[name].module("triton")  # decorated before the environment says that an interpreter is there
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", record)
+    result = getattr(ultra_kernels, name)(**case.inputs(dtype), backend="triton")
+    outputs = result if isinstance(result, tuple) else (result,)
+    torch.stack([o.float().sum() for o in outputs]).sum().backward()
+    return seen
+
+
+def covers(configuration: Configuration, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> bool:
+    if configuration.kernel is not kernel:
+        return False
+    for name, value in arguments.items():
+        if name in configuration.constexprs:
+            if configuration.constexprs[name] != value:
+                return False
+        elif isinstance(value, torch.Tensor):
+            if configuration.signature[name] != f"*{TYPES[value.dtype]}":
+                return False
+        elif isinstance(value, int):
+            p = next(p for p in kernel.params if p.name == name)
+            specialised = not p.do_not_specialize and value % 16 == 0
+            if configuration.signature[name] != "i32" or specialised != (name in configuration.aligned):
+                return False
+    return all(getattr(configuration, option) == value for option, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "dtype"),
+    [
+        pytest.param(name, case, dtype, id=f"{name}-{case.name}-{str(dtype)[6:]}")
+        for name in TRITON_OPS
+        for case in cases(name)
+        for dtype in case.dtypes
+    ],
+)
+def test_launches_are_shipped_configurations(
+    name: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configurations = list(OPS[name].module("triton").configurations())
+    seen = launches(name, case, dtype, monkeypatch)
+    assert seen
+    for kernel, arguments, options in seen:
+        assert any(covers(c, kernel, arguments, options) for c in configurations), (
+            f"{kernel.fn.__name__} is launched with {options} and arguments that no configuration lists: "
+            + ", ".join(f"{n}={v.dtype if isinstance(v, torch.Tensor) else v}" for n, v in arguments.items())
+        )
+
+
+# ---- the checks themselves can fail --------------------------------------------------------------------------
+
+
+@triton.jit
+def hungry_kernel(x, y, N: triton.language.constexpr, WIDE: triton.language.constexpr):
+    """Keeps N × WIDE values alive on one warp until the last one is read: far more than its registers hold."""
+    at = triton.language.arange(0, WIDE)
+    rows = triton.language.arange(0, N)
+    values = triton.language.load(x + rows[:, None] * WIDE + at[None, :])
+    largest = triton.language.max(triton.language.max(values, axis=0), axis=0)
+    triton.language.store(y + rows[:, None] * WIDE + at[None, :], values / largest)
+
+
+def hungry(num_warps: int) -> Configuration:
+    signature = {"x": "*fp32", "y": "*fp32"}
+    return Configuration("hungry", hungry_kernel, signature, {"N": 64, "WIDE": 256}, ("x", "y"), num_warps)
+
+
+def test_a_spilling_kernel_is_caught() -> None:
+    usage = compile_for(hungry(num_warps=1), 90)
+    assert usage.spill_stores > 0 and "spills" in problems(usage, 90)[0]
+    assert not problems(compile_for(hungry(num_warps=16), 90), 90)
+
+
+def test_too_much_shared_memory_is_caught() -> None:
+    usage = Usage(registers=32, stack=0, spill_stores=0, spill_loads=0, shared=200 * 1024)
+    assert problems(usage, 80) and not problems(usage, 90)
+
+
+def test_the_log_of_ptxas_is_read() -> None:
+    log = (
+        "ptxas info    : Function properties for k\n"
+        "    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size\n"
+    )
+    assert parse(log) == {"registers": 255, "stack": 16, "spill_stores": 12, "spill_loads": 8}
+    with pytest.raises(ValueError, match="no figures"):
+        parse("ptxas info    : 0 bytes gmem")
+
+
+def test_the_key_follows_source_and_configuration() -> None:
+    configuration = hungry(4)
+    assert key(configuration, 90) == key(hungry(4), 90)
+    assert key(configuration, 90) != key(configuration, 100) != key(hungry(8), 100)
+    first = OPS[TRITON_OPS[0]].module("triton").configurations()[0]
+    assert key(dataclasses.replace(first, kernel=hungry_kernel), 90) != key(first, 90)

@@ -1,0 +1,133 @@
+"""`eval`, `fill-mask` and `embed` on a trained run, and what they say about bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ultra
+from ultra.cli import main
+
+TEXT = "The function returns a [MASK] of strings."
+
+
+def test_eval_prints_json(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(tiny_run)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = "eval_loss eval_mask_loss eval_accuracy perplexity unigram_loss windows tokens eval_tokens"
+    assert set(found) == set(keys.split())
+    assert 4 < found["eval_loss"] < 7  # ln 512 = 6.2 at the start
+    assert main(["eval", str(tiny_run), "--samples", "2", "--which", "best"]) == 0
+    assert json.loads(capsys.readouterr().out)["windows"] == 2
+
+
+def test_fill_mask_prints_ranked_tokens(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fill-mask", str(tiny_run), TEXT, "--top-k", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    values = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 3
+    assert values == sorted(values, reverse=True)
+    assert all(0 < value < 1 for value in values)
+    for line, (token, _) in zip(lines, ultra.load(tiny_run).fill_mask(TEXT, top_k=3)[0], strict=True):
+        assert line.split(maxsplit=1)[1] in (token.removeprefix(" "), repr(token))
+
+
+def test_fill_mask_numbers_several_masks(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fill-mask", str(tiny_run / "checkpoints" / "step-00000003"), "[MASK] [MASK]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [i for i, line in enumerate(lines) if line.startswith("mask")] == [0, 6]
+    assert len(lines) == 12
+
+
+def test_embed_prints_json_lines(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", str(tiny_run), "one text", "zwölf"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["one text", "zwölf"]
+    assert [len(row["embedding"]) for row in rows] == [32, 32]
+
+
+def test_embed_reads_and_writes_files(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    lines.write_text("first\nsecond text\n", encoding="utf-8")
+    assert main(["embed", str(tiny_run), "zeroth", "--input", str(lines), "--output", str(out)]) == 0
+    assert capsys.readouterr().out == f"3 embeddings in {out}\n"
+    expected = ultra.load(tiny_run).embed(["zeroth", "first", "second text"])
+    np.testing.assert_array_equal(np.load(out), expected)
+
+
+def bad_run(kind: str, tiny_run: Path, folder: Path) -> Path:
+    if kind == "missing":
+        return folder / "nowhere"
+    if kind == "empty":
+        folder.mkdir()
+        return folder
+    shutil.copytree(tiny_run, folder)
+    newest = folder / "checkpoints" / "step-00000006"
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    if kind == "no checkpoint":
+        shutil.rmtree(newest)
+    elif kind == "no checkpoints folder":
+        shutil.rmtree(folder / "checkpoints")
+    elif kind in ("flipped byte", "flipped byte, named"):
+        weights = newest / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+        return newest if kind == "flipped byte, named" else folder
+    elif kind == "no manifest":
+        (newest / "manifest.json").unlink()
+        return newest
+    return folder
+
+
+BAD_RUNS = {
+    "missing": "no such folder",
+    "empty": "neither a run folder",
+    "no checkpoint": "no whole checkpoint",
+    "no checkpoints folder": "neither a run folder",
+    "flipped byte": "no whole checkpoint",
+    "flipped byte, named": "model.safetensors does not match its checksum",
+    "no manifest": "manifest",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RUNS)
+@pytest.mark.parametrize("command", [["eval"], ["fill-mask", TEXT], ["embed", "text"]], ids=lambda c: c[0])
+def test_a_run_that_cannot_be_loaded(
+    command: list[str], kind: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bad_run(kind, tiny_run, tmp_path / "run")
+    assert main([command[0], str(run), *command[1:]]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(str(run))
+    assert BAD_RUNS[kind] in err
+    assert "Traceback" not in err
+
+
+BAD_INPUT = {
+    "no mask": (["fill-mask", "no mask here"], "write [MASK]"),
+    "no text to fill": (["fill-mask", ""], "write [MASK]"),
+    "too long": (["fill-mask", "é ö " * 70 + "[MASK]"], "this model takes 62"),
+    "empty text": (["embed", "fine", ""], "text 2 of 2 is empty"),
+    "blank text": (["embed", " "], "text 1 of 1 is empty"),
+    "no text": (["embed"], "--input FILE"),
+    "not an array": (["embed", "x", "--output", "out.json"], "name a .npy file"),
+    "folder that is not there": (["embed", "x", "--output", "no/such/folder/out.npy"], "--output"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (command, *rest), message = BAD_INPUT[case]
+    assert main([command, str(tiny_run), *rest]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err

@@ -1,0 +1,256 @@
+"""y = weight · f(alpha · x + shift) + bias in Triton, forward and backward, for f = tanh (DyT), erf (Derf).
+
+Elements are float32 in registers whatever their dtype in memory. The op is pointwise, so a program is a tile
+of rows and columns, and no row needs to be whole. Sums over rows go through one partial result per row block
+(the blocks depend on the shape alone); a second kernel adds these up in order: the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._triton import Configuration
+
+
+@triton.jit
+def _tanh(u):
+    """An odd polynomial below 0.625, where 1 − 2/(e^2u + 1) would lose the relative precision."""
+    a = tl.abs(u)
+    big = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
+    s = u * u
+    p = s * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    return tl.where(a < 0.625, p * s * u + u, tl.where(u < 0.0, -big, big))
+
+
+@triton.jit
+def _erf(u):
+    """The fits of csrc/common/simd.h: an odd polynomial, and 1 − 2^q(|u|) with q fitted to log2 of erfc."""
+    a = tl.where(tl.abs(u) > 4.0, 4.0, tl.abs(u))
+    q = a * 2.8997636e-4 - 4.4612354e-3
+    q = q * a + 3.2345540e-2
+    q = q * a - 1.5051278e-1
+    q = q * a - 9.1861767e-1
+    q = q * a - 1.6272678
+    q = q * a - 1.9270746e-4
+    big = 1.0 - tl.exp2(q)
+    s = u * u
+    p = s * -6.2032725e-4 + 5.0321850e-3
+    p = p * s - 2.6791466e-2
+    p = p * s + 1.1282455e-1
+    p = p * s - 3.7612550e-1
+    p = p * s + 1.2837915e-1
+    return tl.where(a < 0.875, p * u + u, tl.where(u < 0.0, -big, big))
+
+
+@triton.jit
+def _value(u, ERF: tl.constexpr):
+    if ERF:
+        return _erf(u)
+    else:
+        return _tanh(u)
+
+
+@triton.jit
+def _slope(u, value, ERF: tl.constexpr):
+    """f'(u), given f(u)."""
+    if ERF:
+        return 1.1283791671 * tl.exp2(u * u * -1.4426950408889634)  # 2/√π · e^(−u²)
+    else:
+        return 1.0 - value * value
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x, alpha, shift, weight, bias, y, rows, D,
+    ERF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    at = row[:, None] * D + col[None, :]
+    inside = (row < rows)[:, None] & (col < D)[None, :]
+    w = tl.load(weight + col, mask=col < D, other=0.0)[None, :]
+    b = tl.load(bias + col, mask=col < D, other=0.0)[None, :]
+    a = tl.load(alpha)
+    s = tl.load(shift) if ERF else 0.0
+    u = a * tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + s
+    tl.store(y + at, w * _value(u, ERF) + b, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_block"])
+def backward_kernel(
+    grad, x, alpha, shift, weight, dx, part_columns, part_scalars, rows, rows_per_block, D,
+    ERF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """part_columns `[blocks, 2, D]`: dweight, dbias; part_scalars `[blocks, tiles, 2]`: dalpha, dshift."""
+    block = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    w = tl.load(weight + col, mask=col < D, other=0.0)[None, :]
+    a = tl.load(alpha)
+    s = tl.load(shift) if ERF else 0.0
+    begin = block * rows_per_block
+    end = tl.minimum(begin + rows_per_block, rows)
+    dweight = tl.zeros((ROWS, COLS), tl.float32)
+    dbias = tl.zeros((ROWS, COLS), tl.float32)
+    dalpha = tl.zeros((ROWS, COLS), tl.float32)
+    dshift = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None] * D + col[None, :]
+        inside = (row < end)[:, None] & (col < D)[None, :]
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        u = a * v + s
+        t = _value(u, ERF)
+        slope = g * w * _slope(u, t, ERF)
+        tl.store(dx + at, a * slope, mask=inside)
+        dweight += g * t
+        dbias += g
+        dalpha += slope * v
+        if ERF:
+            dshift += slope
+    out = part_columns + block * 2 * D + col
+    tl.store(out, tl.sum(dweight, axis=0), mask=col < D)
+    tl.store(out + D, tl.sum(dbias, axis=0), mask=col < D)
+    scalar = part_scalars + (block * tl.num_programs(1) + tl.program_id(1)) * 2
+    tl.store(scalar, tl.sum(tl.sum(dalpha, axis=0), axis=0))
+    tl.store(scalar + 1, tl.sum(tl.sum(dshift, axis=0), axis=0))
+
+
+@triton.jit(do_not_specialize=["blocks", "scalars"])
+def sum_kernel(
+    part_columns, part_scalars, dweight, dbias, alpha_shift, blocks, scalars, D,
+    ERF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Adds up what backward_kernel left. Grid: column tiles × (dweight, dbias); one also does the scalars."""
+    which = tl.program_id(1)
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(0, blocks, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = (row[:, None].to(tl.int64) * 2 + which) * D + col[None, :]
+        total += tl.load(part_columns + at, mask=(row < blocks)[:, None] & (col < D)[None, :], other=0.0)
+    column_sums = tl.sum(total, axis=0)
+    if which == 0:
+        tl.store(dweight + col, column_sums, mask=col < D)
+    else:
+        tl.store(dbias + col, column_sums, mask=col < D)
+    if tl.program_id(0) + which == 0:
+        dalpha = tl.zeros((ROWS * COLS,), tl.float32)
+        dshift = tl.zeros((ROWS * COLS,), tl.float32)
+        for first in range(0, scalars, ROWS * COLS):
+            entry = first + tl.arange(0, ROWS * COLS)
+            dalpha += tl.load(part_scalars + entry * 2, mask=entry < scalars, other=0.0)
+            if ERF:
+                dshift += tl.load(part_scalars + entry * 2 + 1, mask=entry < scalars, other=0.0)
+        tl.store(alpha_shift, tl.sum(dalpha, axis=0))
+        if ERF:
+            tl.store(alpha_shift + 1, tl.sum(dshift, axis=0))
+
+
+class Tile(NamedTuple):
+    rows: int
+    cols: int
+    num_warps: int
+
+
+# By column tile; not timed on a GPU yet. A thread of the forward kernel has 8 elements in flight (16 and 32 spill
+# on sm_80 and sm_90 when D is odd), one of the backward 8 of x and 8 of grad beside its 32 partial sums.
+FORWARD = {128: Tile(16, 128, 8), 512: Tile(4, 512, 8)}
+BACKWARD = {128: Tile(8, 128, 4), 512: Tile(2, 512, 4)}
+SUM = Tile(32, 32, 4)
+FUSION = True  # Triton's own default differs between versions
+
+
+def column_tile(D: int) -> int:
+    """The key of FORWARD and BACKWARD for rows of D elements."""
+    return 512 if D % 512 == 0 else 128
+
+
+def row_blocks(rows: int) -> int:
+    """Row blocks of the backward sums: of 16 rows or more, at most 256, some two a multiprocessor."""
+    return max(1, min((rows + 15) // 16, 256))
+
+
+def forward(
+    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """shift None: tanh; a tensor: erf. Shapes as in the ops' contracts."""
+    x, alpha, weight, bias = x.contiguous(), _float32(alpha), _float32(weight), _float32(bias)
+    y = torch.empty_like(x)
+    D = x.shape[-1]
+    if x.numel():
+        rows, tile = x.numel() // D, FORWARD[column_tile(D)]
+        grid = (triton.cdiv(rows, tile.rows), triton.cdiv(D, tile.cols))
+        forward_kernel[grid](
+            x, alpha, alpha if shift is None else _float32(shift), weight, bias, y, rows, D,
+            ERF=shift is not None, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=1,
+            enable_fp_fusion=FUSION,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor | None, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx like x; in float32 [dalpha] or, with a shift, [dalpha, dshift]; dweight and dbias [D]."""
+    grad, x, alpha, weight = grad.contiguous(), x.contiguous(), _float32(alpha), _float32(weight)
+    D = x.shape[-1]
+    rows = x.numel() // D if D else 0
+    dx = torch.empty_like(x)
+    new = torch.empty if x.numel() else torch.zeros
+    scalars = 1 if shift is None else 2
+    alpha_shift, dweight, dbias = (new(n, dtype=torch.float32, device=x.device) for n in (scalars, D, D))
+    if not x.numel():
+        return dx, alpha_shift, dweight, dbias
+    tile, blocks = BACKWARD[column_tile(D)], row_blocks(rows)
+    tiles = triton.cdiv(D, tile.cols)
+    part_columns = torch.empty(blocks, 2, D, dtype=torch.float32, device=x.device)
+    part_scalars = torch.empty(blocks, tiles, 2, dtype=torch.float32, device=x.device)
+    backward_kernel[(blocks, tiles)](
+        grad, x, alpha, alpha if shift is None else _float32(shift), weight, dx, part_columns, part_scalars,
+        rows, triton.cdiv(rows, blocks), D,
+        ERF=shift is not None, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=1,
+        enable_fp_fusion=FUSION,
+    )  # fmt: skip
+    sum_kernel[(triton.cdiv(D, SUM.cols), 2)](
+        part_columns, part_scalars, dweight, dbias, alpha_shift, blocks, blocks * tiles, D,
+        ERF=shift is not None, ROWS=SUM.rows, COLS=SUM.cols, num_warps=SUM.num_warps, num_stages=1,
+        enable_fp_fusion=FUSION,
+    )  # fmt: skip
+    return dx, alpha_shift, dweight, dbias
+
+
+def _float32(parameter: torch.Tensor) -> torch.Tensor:
+    """Free where parameters are float32, as in training; it keeps the shipped configurations few."""
+    return parameter.contiguous().float()
+
+
+def configurations(erf: bool) -> Iterator[Configuration]:
+    """What `forward` and `backward` launch: every tile and dtype of x, D divisible by 16 or not."""
+    f32, sizes = "*fp32", ("rows", "rows_per_block", "blocks", "scalars", "D")
+
+    def configuration(name: str, kernel: Any, tile: Tile, odd: bool, **types: str) -> Configuration:
+        names = [a for a in kernel.arg_names if a not in ("ERF", "ROWS", "COLS")]
+        arguments = {a: types.get(a, "i32" if a in sizes else f32) for a in names}
+        aligned = tuple(a for a in arguments if a not in sizes or (a == "D" and not odd))
+        constexprs = {"ERF": erf, "ROWS": tile.rows, "COLS": tile.cols}
+        return Configuration(
+            name, kernel, arguments, constexprs, aligned, tile.num_warps, enable_fp_fusion=FUSION
+        )
+
+    for cols, odd in ((512, False), (128, False), (128, True)):
+        for dtype in ("fp32", "bf16", "fp16"):
+            io, suffix = f"*{dtype}", f"{dtype}-{cols}{'-odd' if odd else ''}"
+            yield configuration(f"forward-{suffix}", forward_kernel, FORWARD[cols], odd, x=io, y=io)
+            tile = BACKWARD[cols]
+            yield configuration(f"backward-{suffix}", backward_kernel, tile, odd, grad=io, x=io, dx=io)
+    for odd in (False, True):
+        yield configuration(f"sum{'-odd' if odd else ''}", sum_kernel, SUM, odd)

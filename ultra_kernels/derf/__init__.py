@@ -1,0 +1,3 @@
+from .op import derf
+
+__all__ = ["derf"]

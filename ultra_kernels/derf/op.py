@@ -1,0 +1,83 @@
+"""Dynamic erf, a pointwise replacement of layer normalisation."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _native
+from .._dispatch import Op, define_differentiable, triton_why_not
+from . import reference
+
+OP = Op(
+    "derf",
+    __package__,
+    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
+    {"triton": triton_why_not, "native": _native.why_not},
+)
+
+
+def derf(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """y = weight · erf(alpha · x + shift) + bias, computed in float32; erf(u) = 2/√π ∫₀ᵘ exp(−t²) dt.
+
+    x `[..., D]`; alpha and shift one element each; weight, bias `[D]`. With `residual` (the shape of x)
+    the sum s = x + residual is normalised instead, and (y, s) is returned. The output has x's dtype.
+    Raises ValueError on a shape mismatch, BackendUnavailable. After Chen et al. 2025 (arXiv:2512.10938).
+    """
+    D = x.shape[-1]
+    for name, p in (("alpha", alpha), ("shift", shift)):
+        if p.numel() != 1:
+            raise ValueError(f"derf: {name} has shape {tuple(p.shape)}; it must have one element")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p.shape != (D,):
+            raise ValueError(f"derf: {name} has shape {tuple(p.shape)}; for x {tuple(x.shape)} it is ({D},)")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"derf: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}")
+        x = x + residual
+    chosen = OP.choose(backend, x)
+    if chosen == "reference":
+        y = reference.derf(x, alpha, shift, weight, bias)
+    else:
+        y = _forward(x, alpha, shift, weight, bias, chosen)
+    return y if residual is None else (y, x)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, alpha, shift, weight, bias, ctx.backend = inputs
+    ctx.save_for_backward(x, alpha, shift, weight)
+    ctx.bias_dtype = bias.dtype
+
+
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    x, alpha, shift, weight = ctx.saved_tensors
+    dx, dalpha_dshift, dweight, dbias = _backward(grad, x, alpha, shift, weight, ctx.backend)
+    dalpha, dshift = (d.reshape(p.shape).to(p) for d, p in zip(dalpha_dshift, (alpha, shift), strict=True))
+    return dx, dalpha, dshift, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None
+
+
+_forward, _backward = define_differentiable(
+    "derf(Tensor x, Tensor alpha, Tensor shift, Tensor weight, Tensor bias, str backend) -> Tensor",
+    # dx, then [dalpha, dshift], dweight and dbias [D] in float32
+    "derf_backward(Tensor grad, Tensor x, Tensor alpha, Tensor shift, Tensor weight, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
+    forward_fake=lambda x, *args: x.new_empty(x.shape),
+    backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),
+    backward_fake=lambda grad, x, *args: (
+        x.new_empty(x.shape),
+        x.new_empty(2, dtype=torch.float32),
+        x.new_empty(x.shape[-1], dtype=torch.float32),
+        x.new_empty(x.shape[-1], dtype=torch.float32),
+    ),
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
