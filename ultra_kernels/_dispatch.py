@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -43,7 +43,7 @@ class Op:
     """
 
     def __init__(
-        self, name: str, package: str, order: dict[str, tuple[str, ...]], why_not: dict[str, Callable[..., str | None]]
+        self, name: str, package: str, order: Mapping[str, tuple[str, ...]], why_not: dict[str, Callable[..., str | None]]
     ) -> None:
         self.name, self.package, self.order, self._why_not = name, package, order, why_not
         self.names: tuple[str, ...] = tuple(dict.fromkeys(b for names in order.values() for b in names))

@@ -242,9 +242,7 @@ def configurations(erf: bool) -> Iterator[Configuration]:
         arguments = {a: types.get(a, "i32" if a in sizes else f32) for a in names}
         aligned = tuple(a for a in arguments if a not in sizes or (a == "D" and not odd))
         constexprs = {"ERF": erf, "ROWS": tile.rows, "COLS": tile.cols}
-        return Configuration(
-            name, kernel, arguments, constexprs, aligned, tile.num_warps, enable_fp_fusion=FUSION
-        )
+        return Configuration(name, kernel, arguments, constexprs, aligned, tile.num_warps, enable_fp_fusion=FUSION)
 
     for cols, odd in ((512, False), (128, False), (128, True)):
         for dtype in ("fp32", "bf16", "fp16"):

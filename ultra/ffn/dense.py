@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -35,7 +36,7 @@ class DenseFFN(Component):
         return self.down(self.activation(h)), None
 
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
 
 
 def inner_width(cfg: ModelFields) -> int:

@@ -49,6 +49,7 @@ class MoEFFN(Component):
 
     Fields: ClassVar[type[ModelFields]] = MoEFFNFields
     param_group: ClassVar[str] = "other"
+    select_bias: torch.Tensor | None
     no_galore: ClassVar[frozenset[str]] = frozenset({"router.weight"})
 
     def __init__(self, cfg: MoEFFNFields) -> None:

@@ -29,7 +29,8 @@ def softmax_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = seqs.cu_seqlens, seqs.max_seqlen
-        return varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest)[None]
+        out: torch.Tensor = varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest)  # type: ignore[assignment]
+        return out[None]
     if seqs.by_length is None:
         shape = (len(seqs.lengths), seqs.lengths[0] if seqs.lengths else 0, *q.shape[2:])
         return _dense(q.reshape(shape), k.reshape(shape), v.reshape(shape), prefix).reshape(q.shape)
@@ -39,7 +40,8 @@ def softmax_attention(
     outputs, begin = [], 0
     for count, length in groups:
         part = qkv[begin : begin + count * length].view(count, length, 3, *q.shape[2:])
-        outputs.append(_dense(*part.unbind(2), prefix).reshape(count * length, *q.shape[2:]))
+        qp, kp, vp = part.unbind(2)
+        outputs.append(_dense(qp, kp, vp, prefix).reshape(count * length, *q.shape[2:]))
         begin += count * length
     return torch.cat(outputs).index_select(0, back)[None] if outputs else torch.zeros_like(q)
 

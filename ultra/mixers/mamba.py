@@ -104,6 +104,7 @@ class Mamba(Mixer):
                 y = selective_scan(
                     u, delta[0], A[0], b[0], c[0], self.D, z, self.dt_bias[0], True, cu_seqlens=seqs.cu_seqlens
                 )
+                assert isinstance(y, torch.Tensor)  # no last state was asked for
             else:
                 y = bidirectional_scan(
                     u, delta, A, b, c, self.D, z, self.dt_bias, True,

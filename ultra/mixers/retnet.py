@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -53,18 +53,22 @@ class RetNet(Mixer):
 
     Fields: ClassVar[type[ModelFields]] = RetNetFields
     param_group: ClassVar[str] = "retnet"
+    log_decay: torch.Tensor
+    scale: torch.Tensor
+    inv_freq: torch.Tensor | None
 
     def __init__(self, cfg: RetNetFields) -> None:
         super().__init__(cfg)
         D, self.H = cfg.hidden_size, cfg.retention_heads
         self.K = D // self.H
         self.V = self.K * cfg.retention_value_factor
-        self.direction = "bidirectional" if cfg.retention_bidirectional else "forward"
+        self.direction: Literal["bidirectional", "forward"] = "bidirectional" if cfg.retention_bidirectional else "forward"
         self.chunk_size = cfg.retention_chunk
         self.qkvg = make_linear(cfg, D, 2 * self.H * (self.K + self.V))
         self.head_norm = RMSNorm(self.V, cfg.rms_norm_eps, affine=False)
         self.out = make_linear(cfg, self.H * self.V, D, sub_norm=True, residual_out=True)
-        gamma = 1 - 1 / torch.logspace(*(math.log2(w) for w in cfg.retention_window), self.H, base=2.0)
+        first, last = cfg.retention_window
+        gamma = 1 - 1 / torch.logspace(math.log2(first), math.log2(last), self.H, base=2.0)
         self.register_buffer("log_decay", gamma.log(), persistent=False)
         self.register_buffer("scale", self.K**-0.5 * ((1 - gamma) / (1 + gamma)).sqrt(), persistent=False)
         angles = 10000.0 ** -torch.linspace(0, 1, self.K // 2)

@@ -146,7 +146,8 @@ class Encoder(Component):
         return self.final_norm(x), all_stats
 
     def auxiliary_loss(self, stats: list[MoEStats], like: torch.Tensor) -> torch.Tensor:
-        losses = [self.layers[i % len(self.layers)].ffn.auxiliary_loss(s) for i, s in enumerate(stats)]
+        experts = [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEFFN)]
+        losses = [experts[i % len(experts)].auxiliary_loss(s) for i, s in enumerate(stats)]
         return torch.stack(losses).mean() if losses else like.new_zeros((), dtype=torch.float32)
 
     def update_moe_bias(self, moe_stats: Sequence[MoEStats]) -> None:
@@ -213,4 +214,4 @@ def check_inputs(
 
 def build_model(cfg: RunConfig | UltraConfig) -> Encoder:
     """The encoder that a loaded config (or its model section) describes, freshly initialised from torch's generator."""
-    return Encoder(getattr(cfg, "model", cfg))
+    return Encoder(cfg if isinstance(cfg, EncoderFields) else cfg.model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from .. import _native
@@ -14,6 +16,18 @@ OP = Op(
     {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
     {"triton": triton_why_not, "native": _native.why_not},
 )
+
+
+@overload
+def derf(
+    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, residual: None = None, backend: str | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def derf(
+    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, residual: torch.Tensor, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def derf(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from .._dispatch import Op
 from . import reference
 
 OP = Op("layer_norm", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+
+
+@overload
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, *, residual: None = None, backend: str | None = None,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, *, residual: torch.Tensor, backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def layer_norm(
