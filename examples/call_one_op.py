@@ -19,9 +19,7 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-u = randn(
-    1, channels, total
-).requires_grad_()  # [B,D,L]; index 0 of delta, A, B, C reads forwards, 1 backwards
+u = randn(1, channels, total).requires_grad_()  # [B,D,L]; index 0 of delta, A, B, C reads forwards, 1 backwards
 delta, A = randn(2, 1, channels, total), -randn(2, channels, states).exp()
 B, C, D = randn(2, 1, states, total), randn(2, 1, states, total), randn(channels)
 borders = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -33,9 +31,7 @@ print(f"y {tuple(y.shape)}, gradient of u {tuple(u.grad.shape)}")
 
 # Nothing leaks over a border: the first sequence alone gives the same.
 part = slice(0, lengths[0])
-alone = bidirectional_scan(
-    u[..., part], delta[..., part], A, B[..., part], C[..., part], D, delta_softplus=True
-)
+alone = bidirectional_scan(u[..., part], delta[..., part], A, B[..., part], C[..., part], D, delta_softplus=True)
 print(f"largest difference to the first sequence alone: {(y[..., part] - alone).abs().max():.1e}")
 
 print("backends of this op here:")

@@ -18,7 +18,7 @@ from ultra.errors import UserError
 
 
 def seconds(run: Path, rows: list[dict[str, Any]]) -> float:
-    """Wall time of the run: first to last line of train.log, which covers data, steps, evaluations and checkpoints.
+    """Wall time of the run: first to last line of train.log: data, steps, evaluations, checkpoints.
 
     At least the time that metrics.jsonl accounts for, should the log have been cut.
     """

@@ -11,7 +11,7 @@ STEPS = 6
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run folder: two mixers, width 32, vocabulary 512, STEPS steps on part of the built-in corpus.
+    """A finished run folder: two mixers, width 32, vocabulary 512, STEPS steps on some built-in text.
 
     Shared: copy it before changing it.
     """
@@ -21,8 +21,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("tiny") / "run"
     sizes = "vocab_size=512 hidden_size=32 num_layers=2 num_heads=2 retention_heads=2 ffn_hidden_size=64"
     training = (
-        f"max_samples=300 max_length=64 batch_size=4 dataloader_workers=0 eval_samples=10 val_interval=3 device=cpu "
-        f"scheduler_total_steps={STEPS} checkpoint_every_n_steps=3 cache_dir={run.parent / 'cache'}"
+        f"max_samples=300 max_length=64 batch_size=4 dataloader_workers=0 eval_samples=10 val_interval=3 "
+        f"device=cpu scheduler_total_steps={STEPS} checkpoint_every_n_steps=3 cache_dir={run.parent / 'cache'}"
     )
     overrides = ["model.layer_pattern=[retnet, standard_attn]"]
     overrides += [f"model.{field}" for field in sizes.split()]

@@ -50,9 +50,7 @@ def test_embed_prints_json_lines(tiny_run: Path, capsys: pytest.CaptureFixture[s
     assert [len(row["embedding"]) for row in rows] == [32, 32]
 
 
-def test_embed_reads_and_writes_files(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embed_reads_and_writes_files(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
     lines.write_text("first\nsecond text\n", encoding="utf-8")
     assert main(["embed", str(tiny_run), "zeroth", "--input", str(lines), "--output", str(out)]) == 0

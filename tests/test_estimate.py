@@ -21,8 +21,8 @@ from ultra.estimate import (
 from ultra.model import build_model
 from ultra.train.optim import GroupedOptimizer, collect_groups
 
-SMALL = """model.vocab_size=300 model.hidden_size=32 model.num_heads=2 model.retention_heads=2 model.ffn_hidden_size=64
-training.batch_size=3 training.max_length=64""".split()
+SMALL = """model.vocab_size=300 model.hidden_size=32 model.num_heads=2 model.retention_heads=2
+model.ffn_hidden_size=64 training.batch_size=3 training.max_length=64""".split()
 
 
 def small(*overrides: str) -> RunConfig:

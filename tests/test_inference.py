@@ -94,9 +94,7 @@ def test_fill_mask_ranks_the_tokens_of_each_mask(pipeline: Pipeline) -> None:
     places = [i for i, token in enumerate(ids) if token == v.mask_id]
     assert len(masks) == len(places) == 2
     for ranked, place in zip(masks, places, strict=True):
-        assert (
-            len(ranked) == (~v.special).sum()
-        )  # every token but the special ones, and no unused row of the table
+        assert len(ranked) == (~v.special).sum()  # every token but the special ones, and no unused row of the table
         values = [p for _, p in ranked]
         assert values == sorted(values, reverse=True)
         assert math.isclose(sum(values), 1, rel_tol=1e-5)

@@ -148,9 +148,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub = command("eval", evaluate, "held-out loss and accuracy of a trained model")
     run_arguments(sub)
-    sub.add_argument(
-        "--samples", type=positive, metavar="N", help="windows; default: eval_samples of the run"
-    )
+    sub.add_argument("--samples", type=positive, metavar="N", help="windows; default: eval_samples of the run")
     sub = command("fill-mask", fill_mask, "rank the tokens for [MASK] in a text")
     run_arguments(sub)
     sub.add_argument("text", metavar="TEXT", help="text with [MASK] in it")

@@ -1,7 +1,7 @@
 """What a configuration needs, without training: parameters, memory by kind, largest batch, disk space.
 
 Parameters, gradients and optimizer state are counted exactly on a model without storage (the meta device).
-Activations are measured: every kind of layer runs once forward on the CPU, on at most MEASURE_TOKENS tokens, while
+Activations are measured: every kind of layer runs forward on the CPU, on at most MEASURE_TOKENS tokens, while
 hooks add up what autograd keeps; `Cost` scales that to the configured batch and length.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ultra.config.run import RunConfig
 from ultra.config.training import GROUPS
 from ultra.layers.sequences import Sequences
-from ultra.mixers.ode import Ode
+from ultra.mixers.ode import Ode, OdeFields
 from ultra.model import build_model
 from ultra.model.block import Block
 from ultra.model.embedding import Embedding
@@ -28,9 +28,7 @@ from ultra.train.checkpoint import model_tensors
 from ultra.train.optim import GroupedOptimizer, collect_groups, state_shapes
 from ultra.train.precision import autocast
 
-MEASURE_TOKENS = (
-    128  # two lengths, 64 and 128, whole chunks of every op, give the parabola; short enough for a laptop
-)
+MEASURE_TOKENS = 128  # two lengths, 64 and 128, whole chunks of every op, give the parabola; short enough for a laptop
 DEVICE_SIZES = (8, 16, 24, 40, 80)  # GiB
 USABLE = 0.9  # of a device: the rest goes to the driver's context and to fragmentation
 GIB = 2**30
@@ -172,9 +170,7 @@ def activation_cost(cfg: RunConfig) -> tuple[Cost, tuple[Cost, ...]]:
         per_label = head_cost(head, embedding, m.hidden_size, dtype)
         layers = {mixer: layer_cost(cfg, mixer, dtype) for mixer in dict.fromkeys(m.mixers)}
         kept = cost_of(lambda x, seqs: norm(x), [norm], cfg, dtype)
-        kept += cost_of(
-            lambda x, seqs: embedding(tokens_like(x, m.vocab_size), seqs), [embedding], cfg, dtype
-        )
+        kept += cost_of(lambda x, seqs: embedding(tokens_like(x, m.vocab_size), seqs), [embedding], cfg, dtype)
     kept += dataclasses.replace(per_label, linear=per_label.linear * t.mlm_probability)
     kept += Cost(linear=m.hidden_size * bool(m.dropout))  # the mask of the embedding's dropout
     for mixer in m.mixers:
@@ -242,9 +238,7 @@ def cost_of(
 
 def saved_bytes(call: Callable[[], Any], owners: list[nn.Module], dtype: torch.dtype | None) -> int:
     """Bytes of the distinct storages that autograd keeps during `call()`, without the owners' parameters."""
-    own = {
-        t.untyped_storage().data_ptr() for owner in owners for t in (*owner.parameters(), *owner.buffers())
-    }
+    own = {t.untyped_storage().data_ptr() for owner in owners for t in (*owner.parameters(), *owner.buffers())}
     sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -267,7 +261,7 @@ def saved_bytes(call: Callable[[], Any], owners: list[nn.Module], dtype: torch.d
 
 def render(e: Estimate) -> str:
     m, t = e.cfg.model, e.cfg.training
-    rows = [("group", "parameters", "weights", "gradients", "optimizer")]
+    rows: list[tuple[str, ...]] = [("group", "parameters", "weights", "gradients", "optimizer")]
     for name in GROUPS:
         g = e.groups[name]
         if g.parameters:
@@ -277,9 +271,7 @@ def render(e: Estimate) -> str:
     loops = f" x {m.num_loops} loops" if m.num_loops > 1 else ""
     galore = f", GaLore of rank {t.galore_rank}" if t.use_galore else ""
     precision = f"mixed precision ({t.amp_dtype})" if t.use_amp else "float32"
-    recompute = (
-        "each layer" if m.gradient_checkpointing else "ode steps" if recomputes_ode(e.cfg) else "nothing"
-    )
+    recompute = "each layer" if m.gradient_checkpointing else "ode steps" if recomputes_ode(e.cfg) else "nothing"
     checkpoints = t.max_rolling_checkpoints + t.num_best_checkpoints
     lengths = min(t.max_length, MEASURE_TOKENS)
     lines = [
@@ -288,37 +280,36 @@ def render(e: Estimate) -> str:
         *align(rows),
         "",
         f"optimizer    AdamW{galore}; this and the table above are exact",
-        f"activations  {gib(e.activations(t.batch_size))} for batch_size {t.batch_size} x {t.max_length} tokens, "
-        f"{precision}, recomputed in the backward pass: {recompute}",
-        f"             measured here on the CPU, one layer of each kind, at most {lengths} tokens, then scaled;",
+        f"activations  {gib(e.activations(t.batch_size))} for batch_size {t.batch_size} x {t.max_length} "
+        f"tokens, {precision}, recomputed in the backward pass: {recompute}",
+        f"             measured on this CPU, one layer of each kind, at most {lengths} tokens, then scaled;",
         "             the ops' temporary buffers and fragmentation come on top",
         f"peak         {gib(e.total(t.batch_size))}",
         "",
         f"largest batch_size with {USABLE:.0%} of the memory in use:",
     ]
-    sizes = [
+    sizes: list[tuple[str, ...]] = [
         (f"{gb} GB", f"{e.largest_batch(gb):,}" if e.largest_batch(gb) else "none") for gb in DEVICE_SIZES
     ]
     lines += ["  " + line for line in align(sizes)]
     lines += [
         "",
         f"checkpoint   {gib(e.checkpoint)} on disk, {checkpoints} kept at most "
-        f"({t.max_rolling_checkpoints} rolling, {t.num_best_checkpoints} best): {gib(e.checkpoint * checkpoints)}, "
-        "and room for one more while it is written",
+        f"({t.max_rolling_checkpoints} rolling, {t.num_best_checkpoints} best): "
+        f"{gib(e.checkpoint * checkpoints)}, and room for one more while it is written",
     ]
     return "\n".join(lines)
 
 
 def recomputes_ode(cfg: RunConfig) -> bool:
-    return "ode" in cfg.model.mixers and cfg.model.ode_checkpoint == "step"
+    m = cfg.model
+    return "ode" in m.mixers and isinstance(m, OdeFields) and m.ode_checkpoint == "step"
 
 
 def align(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
 

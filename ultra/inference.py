@@ -31,8 +31,8 @@ Which = Literal["latest", "best"]
 def load(path: str | Path, which: Which = "latest", device: str = "auto") -> Pipeline:
     """The model of a run folder, or of one checkpoint folder, ready for use.
 
-    which: of a run folder, the newest whole checkpoint, or the one with the lowest held-out loss; damaged ones are
-    passed over. device: auto, cpu, cuda or mps. Raises UserError where there is no whole checkpoint.
+    which: of a run folder, the newest whole checkpoint, or the one with the lowest held-out loss; damaged ones
+    are passed over. device: auto, cpu, cuda or mps. Raises UserError where there is no whole checkpoint.
     """
     folder = find_checkpoint(Path(path), which)
     missing = [name for name in ("config.yaml", "tokenizer.json") if not (folder / name).is_file()]
@@ -40,9 +40,7 @@ def load(path: str | Path, which: Which = "latest", device: str = "auto") -> Pip
         raise UserError(f"{folder}: no {' and no '.join(missing)} beside the weights")
     cfg = load_config(folder / "config.yaml")
     vocabulary = load_tokenizer(folder)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initial weights are overwritten: leave the caller's stream alone
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's stream alone
         model = build_model(cfg)
     checkpoint.copy_into(model, checkpoint.read_tensors(folder, "model.safetensors"), folder)
     return Pipeline(model, vocabulary, cfg, folder, pick_device(device))
@@ -64,8 +62,8 @@ def find_checkpoint(path: Path, which: Which) -> Path:
             return folder
         log.warning("checkpoint %s is damaged and passed over: %s", folder, reason)
     raise UserError(
-        f"{path}: no whole checkpoint is among the best ({len(best)} recorded; training.num_best_checkpoints keeps "
-        f"them); the latest is {newest}"
+        f"{path}: no whole checkpoint is among the best ({len(best)} recorded; "
+        f"training.num_best_checkpoints keeps them); the latest is {newest}"
     )
 
 
@@ -87,11 +85,11 @@ class Pipeline:
         return self.cfg.training.max_length - 2
 
     def fill_mask(self, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each mask token in `text`, in order: the `top_k` most probable (token, probability), best first.
+        """For each mask token in `text`, in order: the `top_k` most probable (token, probability).
 
-        A token is given as the text it stands for, with the space before it if it starts a word. Probabilities are
-        over all tokens but the special ones, which are never predicted. Raises UserError for a text without a mask
-        token or longer than the model was trained for.
+        A token is given as the text it stands for, with the space before it if it starts a word. Probabilities
+        are over all tokens but the special ones, which are never predicted. Raises UserError for a text
+        without a mask token or longer than the model was trained for.
         """
         if top_k < 1:
             raise UserError(f"top_k={top_k}: it must be at least 1")
@@ -103,7 +101,8 @@ class Pipeline:
         if len(ids) > self.max_tokens:
             raise UserError(
                 f"the text has {len(ids)} tokens; this model takes {self.max_tokens} "
-                f"(training.max_length={self.cfg.training.max_length} with [CLS] and [SEP]): shorten it around the mask"
+                f"(training.max_length={self.cfg.training.max_length} with [CLS] and [SEP]): shorten it "
+                "around the mask"
             )
         row = torch.tensor([[v.cls_id, *ids, v.sep_id]], device=self.device)
         labels = torch.where(row == v.mask_id, row, -100)  # only the logits of labelled rows are computed
@@ -120,17 +119,15 @@ class Pipeline:
     def embed(self, texts: str | Iterable[str], pooling: Literal["mean", "cls"] = "mean") -> np.ndarray:
         """Embeddings float32 `[n, hidden_size]`, one row a text (a single string is one text).
 
-        mean: over the last hidden states of all the text's tokens, [CLS] and [SEP] included; cls: that of [CLS].
-        Special tokens in a text are plain characters here. A text longer than the model was trained for is cut, with
-        a warning. Raises UserError for an empty text.
+        mean: over the last hidden states of all the text's tokens, [CLS] and [SEP] included; cls: that of
+        [CLS]. Special tokens in a text are plain characters here. A text longer than the model was trained for
+        is cut, with a warning. Raises UserError for an empty text.
         """
         if pooling not in ("mean", "cls"):
             raise UserError(f"pooling={pooling!r}: it must be 'mean' or 'cls'")
         texts = [texts] if isinstance(texts, str) else list(texts)
         encoded = self.vocabulary.encode_documents(texts)
-        if empty := [
-            str(i) for i, ids in enumerate(encoded, start=1) if len(ids) == 0 or not texts[i - 1].strip()
-        ]:
+        if empty := [str(i) for i, ids in enumerate(encoded, start=1) if len(ids) == 0 or not texts[i - 1].strip()]:
             shown = ", ".join(empty[:8]) + (" ..." if len(empty) > 8 else "")
             raise UserError(f"nothing to embed: text {shown} of {len(texts)} is empty")
         if long := sum(len(ids) > self.max_tokens for ids in encoded):
@@ -159,13 +156,13 @@ class Pipeline:
         return out
 
     def evaluate(self, samples: int | None = None) -> dict[str, Any]:
-        """Held-out numbers on the run's validation documents: `samples` windows (None: training.eval_samples), masked as
-        in training's own evaluation.
+        """Held-out numbers on `samples` windows (None: training.eval_samples) of the run's validation documents,
+        masked as in training's own evaluation.
 
         eval_loss, eval_accuracy: over all labelled tokens (eval_tokens of them); perplexity = exp(eval_loss);
-        eval_mask_loss: over those shown as [MASK]; unigram_loss: what these cost under the training tokens' counts;
-        windows and tokens read. Opens the run's data source, and fills its token cache where it is gone. Raises
-        UserError.
+        eval_mask_loss: over those shown as [MASK]; unigram_loss: what these cost under the counts of the
+        training tokens; windows and tokens read. Opens the run's data source, and fills its token cache where
+        it is gone. Raises UserError.
         """
         if samples is not None and samples < 1:
             raise UserError(f"samples={samples}: it must be at least 1")
@@ -215,9 +212,9 @@ def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def unigram_loss(batches: Iterable[Batch], counts: np.ndarray, ordinary: np.ndarray, mask_id: int) -> float:
-    """Mean of -ln p over the labels at [MASK] positions, p_i = (counts_i + 1) / Σ over ordinary ids; NaN without any.
+    """Mean of -ln p over the labels at [MASK] positions, p_i = (counts_i + 1) / Σ over ordinary ids.
 
-    The added one gives a token that the training documents lack a chance.
+    NaN without any. The added one gives a token that the training documents lack a chance.
     """
     smoothed = np.where(ordinary, counts + 1.0, 0.0)
     with np.errstate(divide="ignore"):

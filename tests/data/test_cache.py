@@ -112,9 +112,7 @@ def test_a_damaged_unit_is_filled_again(make_cfg, whole: list[bytes], caplog) ->
     assert any("unit-00001" in m and "damaged" in m for m in caplog.messages)
 
 
-def test_a_complete_cache_is_used_without_opening_the_source(
-    make_cfg, monkeypatch, whole: list[bytes]
-) -> None:
+def test_a_complete_cache_is_used_without_opening_the_source(make_cfg, monkeypatch, whole: list[bytes]) -> None:
     cfg = make_cfg(stream_local_parquet=False)
     first = contents(open_data(cfg))
 
@@ -272,9 +270,7 @@ def test_skipped_rows_are_counted_once_over_a_resume(make_cfg, corpus: Path, mon
     assert any("skipped" in m and "part-0.jsonl: null" in m for m in caplog.messages)
 
 
-def test_a_complete_cache_of_a_remote_dataset_needs_no_network(
-    make_cfg, corpus: Path, monkeypatch, whole
-) -> None:
+def test_a_complete_cache_of_a_remote_dataset_needs_no_network(make_cfg, corpus: Path, monkeypatch, whole) -> None:
     pytest.importorskip("datasets")
     from ultra.data import sources
 

@@ -26,9 +26,7 @@ def steps(data: CorpusData, first: int, count: int, **place: int) -> list[list[B
 
 def same(a: Batch, b: Batch) -> bool:
     tensors = all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("input_ids", "labels", "cu_seqlens"))
-    return tensors and all(
-        getattr(a, n) == getattr(b, n) for n in ("max_seqlen", "num_labelled", "first_sample")
-    )
+    return tensors and all(getattr(a, n) == getattr(b, n) for n in ("max_seqlen", "num_labelled", "first_sample"))
 
 
 def all_same(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
@@ -90,9 +88,7 @@ def test_an_epoch_holds_every_training_token_once(make_cfg) -> None:
 
 
 def test_unpacked_samples_are_the_documents_in_pieces(make_cfg) -> None:
-    cfg = make_cfg(
-        batch_size=1, gradient_accumulation_steps=1, pack_sequences=False, stream_local_parquet=False
-    )
+    cfg = make_cfg(batch_size=1, gradient_accumulation_steps=1, pack_sequences=False, stream_local_parquet=False)
     data = open_data(cfg)
     wanted = []
     for document in itertools.chain.from_iterable(documents(data, validation=False)):
@@ -181,9 +177,7 @@ def test_any_number_of_processes_sees_the_same_global_batch(make_cfg, world: int
         assert all_same([got], [wanted])
 
 
-def test_order_does_not_depend_on_the_filling(
-    make_cfg, data: CorpusData, monkeypatch, tmp_path: Path
-) -> None:
+def test_order_does_not_depend_on_the_filling(make_cfg, data: CorpusData, monkeypatch, tmp_path: Path) -> None:
     import threading
 
     wanted = steps(data, 0, 40)
@@ -227,9 +221,7 @@ def test_masks_are_fresh_each_epoch_or_fixed(make_cfg) -> None:
 
 
 def test_seed_changes_order_and_masks_but_not_evaluation(make_cfg, data: CorpusData) -> None:
-    other = open_data(
-        make_cfg(seed=12, mlm_probability=0.5, mask_strategy=(1.0, 0.0, 0.0), dynamic_masking=False)
-    )
+    other = open_data(make_cfg(seed=12, mlm_probability=0.5, mask_strategy=(1.0, 0.0, 0.0), dynamic_masking=False))
     assert not all_same(steps(other, 0, 2), steps(data, 0, 2))
     assert all(same(a, b) for a, b in zip(other.eval_batches(), data.eval_batches(), strict=True))
 
@@ -246,9 +238,7 @@ def test_evaluation_windows(make_cfg, data: CorpusData) -> None:
     assert all(same(a, b) for a, b in zip(batches, data.eval_batches(), strict=True))
 
 
-def test_split_is_by_text_and_survives_added_documents(
-    make_cfg, data: CorpusData, corpus: Path, texts
-) -> None:
+def test_split_is_by_text_and_survives_added_documents(make_cfg, data: CorpusData, corpus: Path, texts) -> None:
     def validation(d: CorpusData) -> set[int]:
         hashes = np.concatenate([d._cache.index(u)[1] for u in d._cache.units])
         return set(hashes[d._split.is_validation(hashes)].tolist())
@@ -265,9 +255,7 @@ def test_split_is_by_text_and_survives_added_documents(
 def test_one_document_is_held_out_where_the_share_gives_none() -> None:
     hashes = np.array([2**60, 2**63, 2**59, 2**59], dtype=np.uint64)
     assert make_split(1e-6, hashes).is_validation(hashes).tolist() == [False, False, True, True]
-    assert (
-        not make_split(1e-6, hashes[2:]).is_validation(hashes[2:]).any()
-    )  # one text only: nothing to hold out
+    assert not make_split(1e-6, hashes[2:]).is_validation(hashes[2:]).any()  # one text only: nothing to hold out
     assert make_split(0.26, hashes) == Split(int(0.26 * 2**64))
 
 
@@ -307,6 +295,12 @@ def test_order_visits_each_window_once_an_epoch_whatever_is_empty() -> None:
             assert [s.unit for s in seen] == [0] * 3 + [2] * 5 + [3]
     orders = {tuple(order.locate(e * 9 + i, counts, True).unit for i in range(9)) for e in range(1, 12)}
     assert len(orders) > 2  # units are permuted from epoch 1 on
+    one, order = np.array([50]), SampleOrder(3)
+    epochs = [[order.locate(e * 50 + i, one, True).window for i in range(50)] for e in range(2)]
+    pair, two = np.array([50, 50]), SampleOrder(3)
+    units = [[two.locate(50 * u + i, pair, True).window for i in range(50)] for u in range(2)]
+    assert epochs[0] != epochs[1] and units[0] != units[1]  # and the windows by epoch and by unit
+    order = SampleOrder(seed=3)
     assert SampleOrder(3).locate(8, counts[:3], complete=False) is None
     assert SampleOrder(3).locate(0, counts[1:2], complete=True) is None
     jumps = random.Random(0).sample(range(36), 36)

@@ -14,9 +14,7 @@ def vocab() -> Vocabulary:
     return train_tokenizer(["some words to start from, some words to end with"] * 3, 300)
 
 
-def masker(
-    vocab: Vocabulary, probability: float = 0.15, strategy=(0.8, 0.1, 0.1), seed: int = 5, purpose=FRESH_MASKS
-):
+def masker(vocab: Vocabulary, probability: float = 0.15, strategy=(0.8, 0.1, 0.1), seed: int = 5, purpose=FRESH_MASKS):
     return Masker(vocab, seed=seed, purpose=purpose, probability=probability, strategy=strategy)
 
 

@@ -32,17 +32,13 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     wanted = ['first, with "quotes"', "second\nover two lines", "dritter – naïve", "fourth"]
     plain = "\n\n".join(wanted)
     (tmp_path / "a.txt").write_text(plain + "\n", encoding="utf-8")
-    (tmp_path / "b.txt").write_bytes(
-        b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode() + b"\r\n \t\r\n\r\n"
-    )
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode() + b"\r\n \t\r\n\r\n")
     with gzip.open(tmp_path / "c.txt.gz", "wt", encoding="utf-8") as f:
         f.write(plain)
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in wanted))
     for name, delimiter in (("e.csv", ","), ("f.tsv", "\t")):
         with open(tmp_path / name, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f, delimiter=delimiter).writerows(
-                [["id", "text"], *([i, t] for i, t in enumerate(wanted))]
-            )
+            csv.writer(f, delimiter=delimiter).writerows([["id", "text"], *([i, t] for i, t in enumerate(wanted))])
     write_parquet(tmp_path / "g.parquet", list(wanted), group=3)
     got, skipped = read(FileSource(tmp_path, None))
     assert got == wanted * 7
@@ -51,9 +47,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
 
 def test_nothing_is_lost_between_a_cursor_and_the_rest(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [f"row {i}" if i % 5 else None for i in range(23)], group=4)
-    (tmp_path / "b.jsonl").write_text(
-        "\n".join(json.dumps({"text": f"line {i}"}) for i in range(5)) + "\n{oops\n"
-    )
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": f"line {i}"}) for i in range(5)) + "\n{oops\n")
     (tmp_path / "c.txt").write_text("\n\n".join(f"block {i}" for i in range(4)))
     everything = list(FileSource(tmp_path, None).documents(None, Skipped()))
     assert len(everything) == 18 + 5 + 4
@@ -132,9 +126,7 @@ def test_column_errors_list_the_columns(tmp_path: Path) -> None:
     assert read(FileSource(tmp_path, None))[0] == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    "content", [None, {"a.pdf": b"x"}, {"a.parquet": b"PAR1 nonsense"}, {"a.txt": b"\n \n"}]
-)
+@pytest.mark.parametrize("content", [None, {"a.pdf": b"x"}, {"a.parquet": b"PAR1 nonsense"}, {"a.txt": b"\n \n"}])
 def test_a_folder_with_nothing_readable_is_the_users_error(tmp_path, make_cfg, content) -> None:
     folder = tmp_path / "nothing"
     if content is not None:
@@ -197,9 +189,7 @@ def test_builtin_corpus_reads_and_never_imports(tmp_path: Path) -> None:
     (tmp_path / "pydoc_data").mkdir()
     (tmp_path / "pydoc_data" / "topics.py").write_text("topics = {'b': 'B topic', 'a': 'A topic'}")
     (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages" / "x.py").write_text(
-        '"""A module of somebody else, which must not be read."""'
-    )
+    (tmp_path / "site-packages" / "x.py").write_text('"""A module of somebody else, which must not be read."""')
     (tmp_path / "m.py").write_text(
         'raise SystemExit("imported")\n"""no docstring: it is not the first statement of this file"""\n'
         "class C:\n    def f(self):\n        '''A method docstring that is surely longer than forty.'''\n"

@@ -61,9 +61,7 @@ def test_given_tokenizer_from_file_and_folder(tmp_path: Path, texts: list[str], 
     given = Tokenizer.from_str(vocab.to_json())
     given.enable_truncation(3)
     given.enable_padding()
-    given.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    given.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     given.save(str(tmp_path / "tokenizer.json"))
     wanted = vocab.encode_documents(texts[:20])
     for path in (tmp_path, tmp_path / "tokenizer.json"):

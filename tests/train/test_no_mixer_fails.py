@@ -29,7 +29,7 @@ def test_quickstart_without_mixers_fails(tmp_path: Path, monkeypatch: pytest.Mon
     cfg = load_config("quickstart", overrides)
     assert train(cfg, run_dir=tmp_path / "run") == 0
     found = ultra.load(tmp_path / "run").evaluate()
-    # It has trained as far as it can: on [MASK] it is about as good as the counts, and it copies what it is shown.
+    # It has trained as far as it can: on [MASK] it is as good as the counts, and it copies what it is shown.
     assert found["eval_mask_loss"] == pytest.approx(found["unigram_loss"], abs=0.3)
     assert found["eval_loss"] < found["eval_mask_loss"]
     wrong = shortfalls(found["eval_loss"], found["eval_mask_loss"], found["unigram_loss"])

@@ -39,7 +39,7 @@ class DataFields(Fields):
         20000000, ge=1, description="Documents to read, training and validation together."
     )
     dataset_batch_size: int = Field(25000, ge=1, description="Rows tokenised and cached as one unit.")
-    num_workers: int = Field(8, ge=0, description="Processes that tokenise; 0: in the trainer's own.")
+    num_workers: int = Field(8, ge=0, description="Threads that tokenise; 0: one.")
     cache_dir: str = Field(
         "./temp_data/v2_dataset_cache", min_length=1, description="Folder of the token cache."
     )

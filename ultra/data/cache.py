@@ -92,9 +92,7 @@ class TokenCache:
         except FileNotFoundError:
             return {"format": FORMAT, "units": [], "exhausted": False, "skipped": {}}
         except ValueError as error:
-            raise UserError(
-                f"{self.manifest} is damaged ({error}); delete {self.folder} to fill it again"
-            ) from error
+            raise UserError(f"{self.manifest} is damaged ({error}); delete {self.folder} to fill it again") from error
         return dict(content)
 
     def refresh(self) -> None:
@@ -108,9 +106,7 @@ class TokenCache:
         for unit in found:
             # a unit cut short by some run's max_samples is filled up later, so it counts only where it is
             # the last for this run too
-            whole = (
-                unit.documents == self.documents_per_unit or content["exhausted"] or unit.documents >= left
-            )
+            whole = unit.documents == self.documents_per_unit or content["exhausted"] or unit.documents >= left
             if left <= 0 or not whole:
                 break
             usable.append(Unit(unit.name, min(unit.documents, left), unit.tokens, unit.cursor))
@@ -160,9 +156,7 @@ class TokenCache:
                 keep += 1
             if keep < len(units) or start_over:
                 if not start_over:
-                    log.warning(
-                        "%s in %s is damaged; filling again from there", units[keep]["name"], self.folder
-                    )
+                    log.warning("%s in %s is damaged; filling again from there", units[keep]["name"], self.folder)
                 self.write_manifest({**content, "units": units[:keep], "exhausted": False, "skipped": {}})
         finally:
             lock.release()
@@ -234,9 +228,7 @@ class Filler(threading.Thread):
         if content["exhausted"] or documents >= cache.max_documents:
             return
         if content["units"] and content["units"][-1]["documents"] < cache.documents_per_unit:
-            documents -= content["units"].pop()[
-                "documents"
-            ]  # cut by a smaller max_samples: read it again, whole
+            documents -= content["units"].pop()["documents"]  # cut by a smaller max_samples: read it again, whole
         cursor = tuple(content["units"][-1]["cursor"]) if content["units"] else None
         if cursor is not None:
             log.info("cache %s: going on after %d documents", cache.folder.name[:12], documents)
@@ -264,13 +256,9 @@ class Filler(threading.Thread):
             time.monotonic() - start,
         )
         if skipped.counts:
-            log.warning(
-                "skipped %d rows or parts of %s: %s", skipped.counts.total(), self._source.name, skipped
-            )
+            log.warning("skipped %d rows or parts of %s: %s", skipped.counts.total(), self._source.name, skipped)
 
-    def _write_unit(
-        self, number: int, rows: Iterator[tuple[str, Cursor]], wanted: int, cursor: Cursor
-    ) -> Unit:
+    def _write_unit(self, number: int, rows: Iterator[tuple[str, Cursor]], wanted: int, cursor: Cursor) -> Unit:
         """Tokenise up to `wanted` documents into the files of one unit; fewer only where the source ends."""
         whole = wanted == self._cache.documents_per_unit
         # the number of documents in the name of a cut unit: its longer successor must not overwrite what
@@ -358,18 +346,14 @@ def wait_for(
     while True:
         if should_stop():
             raise Interrupted
-        ended = (
-            filler is None or not filler.is_alive()
-        )  # asked before looking, so its last unit is not missed
+        ended = filler is None or not filler.is_alive()  # asked before looking, so its last unit is not missed
         cache.refresh()
         if ready():
             return time.monotonic() - start
         if filler is not None and filler.error is not None:
             raise filler.error
         if ended:
-            raise RuntimeError(
-                f"filling {cache.folder} ended with {len(cache.units)} units, and more are needed"
-            )
+            raise RuntimeError(f"filling {cache.folder} ended with {len(cache.units)} units, and more are needed")
         time.sleep(POLL_S)
 
 

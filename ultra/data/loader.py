@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_CHARS = (
-    50_000_000  # text that trains a tokenizer, from the start of the source; more changes few merges
-)
+TOKENIZER_CHARS = 50_000_000  # text that trains a tokenizer, from the start of the source; more changes few merges
 EVAL_SEED = 0x756C747261  # evaluation masks are the same for every run and seed
 EVAL_PROBABILITY = 0.15  # BERT's rate, whatever the run trains with, so that curves compare
 EVAL_STRATEGY = (0.8, 0.1, 0.1)
@@ -130,9 +128,7 @@ class BatchMaker:
         if unit not in self._opened:
             if len(self._opened) >= 4:  # an epoch's end and the next one's start, with room
                 del self._opened[next(iter(self._opened))]
-            windows = UnitWindows(
-                self._cache, unit, self._split, self._validation, self._length, self._packed
-            )
+            windows = UnitWindows(self._cache, unit, self._split, self._validation, self._length, self._packed)
             self._opened[unit] = (windows, self._cache.tokens(unit))
         return self._opened[unit]
 
@@ -372,14 +368,10 @@ def open_data(
         filler = Filler(cache, source, vocab, workers=t.num_workers)
         filler.start()
     try:
-        wait_for(
-            cache, filler, lambda: cache.complete or bool(cache.units and t.stream_local_parquet), should_stop
-        )
+        wait_for(cache, filler, lambda: cache.complete or bool(cache.units and t.stream_local_parquet), should_stop)
         if not cache.units:
             skipped = "; ".join(f"{where} ({count})" for where, count in list(cache.skipped.items())[:20])
-            raise UserError(
-                f"{source.name} holds no readable document" + (f"; skipped: {skipped}" if skipped else "")
-            )
+            raise UserError(f"{source.name} holds no readable document" + (f"; skipped: {skipped}" if skipped else ""))
         data = CorpusData(cfg, vocab, cache, filler, should_stop)
     except BaseException:
         if filler is not None:
@@ -451,9 +443,7 @@ def _open_cache(
             f"{cfg.model.vocab_size}; set model.vocab_size to {vocab.size} or more"
         )
     # the text column is in the fingerprint; units are in the key because the order of samples follows them
-    key = _key(
-        FORMAT, fingerprint, vocab.to_json(), vocab.cls_id, vocab.sep_id, vocab.mask_id, t.dataset_batch_size
-    )
+    key = _key(FORMAT, fingerprint, vocab.to_json(), vocab.cls_id, vocab.sep_id, vocab.mask_id, t.dataset_batch_size)
     cache = TokenCache(
         cache_dir / "tokens" / key,
         vocab_size=vocab.size,

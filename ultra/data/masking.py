@@ -67,9 +67,7 @@ class Masker:
         self._random_below = strategy[0] + strategy[1]
         self._random_share = strategy[1]
 
-    def __call__(
-        self, ids: np.ndarray, borders: np.ndarray, keys: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ids: np.ndarray, borders: np.ndarray, keys: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """ids [T] int64; window i is ids[borders[i]:borders[i+1]] and draws from stream keys[i].
 
         Returns (input ids [T], labels [T]), int64; labels are the original ids at every chosen position,
@@ -82,8 +80,9 @@ class Masker:
         choice = np.where(self._special[ids], np.uint64(2**32), draws >> np.uint64(32))
         chosen = choice < self._chosen_below
         per_window = np.add.reduceat(chosen, borders[:-1], dtype=np.int64)
-        for i in np.flatnonzero(per_window == 0):
-            lowest = int(borders[i]) + int(np.argmin(choice[borders[i] : borders[i + 1]]))
+        for empty in np.flatnonzero(per_window == 0):
+            start, end = borders[empty], borders[empty + 1]
+            lowest = start + np.argmin(choice[start:end])
             chosen[lowest] = choice[lowest] < 2**32
 
         at = np.flatnonzero(chosen)
@@ -96,7 +95,5 @@ class Masker:
         if is_random.any():
             # rescaled to [0, 1) inside its share: uniform again, with 4e8 levels at a share of 0.1
             position = (fate[is_random] - self._mask_below) / self._random_share * len(self._ordinary)
-            inputs[at[is_random]] = self._ordinary[
-                np.minimum(position.astype(np.int64), len(self._ordinary) - 1)
-            ]
+            inputs[at[is_random]] = self._ordinary[np.minimum(position.astype(np.int64), len(self._ordinary) - 1)]
         return inputs, labels

@@ -235,9 +235,7 @@ class FileSource(Source):
         self.root = path if path.is_dir() else path.parent
         found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         visible = [p for p in found if not any(x.startswith(".") for x in p.relative_to(self.root).parts)]
-        self.files = sorted(
-            (p for p in visible if _kind(p)), key=lambda p: p.relative_to(self.root).as_posix()
-        )
+        self.files = sorted((p for p in visible if _kind(p)), key=lambda p: p.relative_to(self.root).as_posix())
         if not self.files:
             others = ", ".join(sorted({p.suffix or p.name for p in visible})[:10]) or "nothing"
             raise UserError(
@@ -439,9 +437,7 @@ def _text_rows(
     The rows before it are read again and dropped: gzip cannot seek, and parsing is cheap beside tokenising.
     """
     kind = _kind(path)
-    records = (
-        _blocks(path) if kind == ".txt" else _json_records(path) if kind == ".jsonl" else _csv_records(path)
-    )
+    records = _blocks(path) if kind == ".txt" else _json_records(path) if kind == ".jsonl" else _csv_records(path)
     for number, record in enumerate(records):
         if number < row:
             continue

@@ -170,9 +170,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
         vocab_size=vocab_size,
         min_frequency=2,  # a merge seen once only memorises its document
         # lstrip: [MASK] stands for a word with the space before it, which is how words are tokens here
-        special_tokens=[
-            AddedToken(s, special=True, lstrip=s == "[MASK]", normalized=False) for s in SPECIALS
-        ],
+        special_tokens=[AddedToken(s, special=True, lstrip=s == "[MASK]", normalized=False) for s in SPECIALS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # the set's order changes between runs
         show_progress=False,
     )

@@ -20,9 +20,7 @@ import numpy as np
 from ultra.data.cache import TokenCache, Unit
 from ultra.data.masking import UNIT_ORDER, WINDOW_ORDER, RandomBits
 
-MAX_UNITS = (
-    2**20
-)  # unit and epoch share 64 bits in the key of a permutation; window and unit in a static mask's
+MAX_UNITS = 2**20  # unit and epoch share 64 bits in the key of a permutation; window and unit in a static mask's
 
 
 @dataclass(frozen=True)
