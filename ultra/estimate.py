@@ -164,9 +164,12 @@ def activation_cost(cfg: RunConfig) -> tuple[Cost, tuple[Cost, ...]]:
     m, t = cfg.model, cfg.training
     dtype = torch.bfloat16 if t.use_amp else None  # fp16 has the same size, and the CPU lacks it
     with torch.random.fork_rng(devices=[]):
-        embedding = Embedding(m)
-        norm = NORMS[m.norm_type](m, m.hidden_size, site="final")
-        head = MLMHead(m, embedding)
+        with torch.device("meta"):
+            embedding = Embedding(m)
+            norm = NORMS[m.norm_type](m, m.hidden_size, site="final")
+            head = MLMHead(m, embedding)
+        for module in (embedding, norm, head):
+            quick_weights(module)
         per_label = head_cost(head, embedding, m.hidden_size, dtype)
         layers = {mixer: layer_cost(cfg, mixer, dtype) for mixer in dict.fromkeys(m.mixers)}
         kept = cost_of(lambda x, seqs: norm(x), [norm], cfg, dtype)
@@ -182,7 +185,9 @@ def activation_cost(cfg: RunConfig) -> tuple[Cost, tuple[Cost, ...]]:
 def layer_cost(cfg: RunConfig, mixer: str, dtype: torch.dtype | None) -> tuple[Cost, Cost]:
     """(kept, passing) of one application of a layer, with what the config recomputes counted as passing."""
     m = cfg.model
-    block = Block(m, mixer, use_moe=m.use_moe, layerscale_init=m.layerscale_init)
+    with torch.device("meta"):
+        block = Block(m, mixer, use_moe=m.use_moe, layerscale_init=m.layerscale_init)
+    quick_weights(block)
     kept, passing = cost_of(block, [block], cfg, dtype), Cost()
     if isinstance(block.mixer, Ode) and block.mixer.checkpoint:
         ode = block.mixer
@@ -190,6 +195,18 @@ def layer_cost(cfg: RunConfig, mixer: str, dtype: torch.dtype | None) -> tuple[C
     if m.gradient_checkpointing:
         return Cost(linear=4 * m.hidden_size), kept + passing
     return kept, passing
+
+
+def quick_weights(module: nn.Module) -> None:
+    """Storage for a module built on the meta device. The real initialisation would take most of the time."""
+    module.to_empty(device="cpu")
+    noise = 0.02 * torch.randn(10_007)  # a prime, so that no two rows are equal
+    with torch.no_grad():
+        for parameter in module.parameters():
+            n = parameter.numel()
+            parameter.copy_(noise.repeat(n // len(noise) + 1)[:n].view_as(parameter))
+        for buffer in module.buffers():
+            buffer.zero_()
 
 
 def head_cost(head: MLMHead, embedding: Embedding, width: int, dtype: torch.dtype | None) -> Cost:

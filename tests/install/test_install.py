@@ -117,7 +117,7 @@ def test_a_required_extension_that_does_not_build_is_an_error(tmp_path):
 
 def test_the_sdist_has_all_that_a_wheel_needs(tmp_path):
     environment, tree = Environment(tmp_path / "env"), source(tmp_path)
-    build = "import setuptools.build_meta as b, os; os.chdir(r'{}'); print(b.build_sdist(r'{}'))".format(tree, tmp_path)
+    build = f"import setuptools.build_meta as b, os; os.chdir(r'{tree}'); print(b.build_sdist(r'{tmp_path}'))"
     tools = environment.run("-m", "pip", "install", "--quiet", "setuptools>=77", "pybind11>=2.13", "ninja>=1.11")
     assert tools.returncode == 0, tools.stderr
     done = environment.run("-c", build)

@@ -75,6 +75,8 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 9
     sums = _scale(grad, *ctx.saved_tensors)
     dhidden, dweight, dbias = (
         None if dtype is None else g.to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True)
