@@ -1,9 +1,11 @@
 // The pybind11 module ultra_kernels._C, and nothing else: addresses and sizes in, one call of the instruction set in use.
 // Callers (ultra_kernels/<op>/native.py) own every check; the GIL is released while a kernel runs.
+#include "causal_conv1d/causal_conv1d.h"
 #include "common/row_blocks.h"
 #include "common/simd_test.h"
 #include "derf/derf.h"
 #include "dyt/dyt.h"
+#include "selective_scan/selective_scan.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -61,6 +63,40 @@ void* out(Address address) { return ptr<void>(address); }
 const float* fin(Address address) { return ptr<const float>(address); }
 float* fout(Address address) { return ptr<float>(address); }
 
+using Ints = std::vector<int64_t>;  // (address, strides ..., dtype), as _native.py's view() makes them
+ultra::View view(const Ints& v) { return {ptr<char>(v[0]), v[1], v[2], v[3], static_cast<int>(v[4])}; }
+
+// Out-of-range borders would write outside the tensors.
+const int32_t* checked_borders(Address address, int64_t sequences, int64_t length) {
+    auto* borders = ptr<const int32_t>(address);
+    if (!borders) return nullptr;
+    bool good = borders[0] == 0 && borders[sequences] == length;
+    for (int64_t s = 0; s < sequences; ++s) good = good && borders[s] <= borders[s + 1];
+    if (!good) throw std::invalid_argument("cu_seqlens must rise from 0 to the length " + std::to_string(length));
+    return borders;
+}
+
+struct ScanProblem : ultra::ScanProblem {
+    ScanProblem(Ints sizes, Ints u, Ints z, Ints delta, int64_t delta_direction, Address A, Ints B, Ints C, Address D,
+                Address delta_bias, Address cu_seqlens, int64_t num_seqs, Address saved, int64_t slots, bool reverse,
+                bool softplus, bool shift) {
+        directions = sizes[0], batch = sizes[1], channels = sizes[2];
+        length = sizes[3], states = sizes[4], groups = sizes[5];
+        this->u = view(u), this->z = view(z), this->delta = view(delta), this->delta_direction = delta_direction;
+        this->A = fin(A), this->D = fin(D), this->delta_bias = fin(delta_bias);
+        this->B = {fin(B[0]), B[1], B[2], B[3], B[4]}, this->C = {fin(C[0]), C[1], C[2], C[3], C[4]};
+        borders = checked_borders(cu_seqlens, num_seqs, length), sequences = num_seqs;
+        states_saved = fout(saved), this->slots = slots;
+        this->reverse = reverse, this->softplus = softplus, this->shift = shift;
+    }
+};
+
+ultra::ConvProblem conv_problem(const Ints& sizes, const Ints& x, Address weight, Address bias, Address cu_seqlens,
+                                int64_t num_seqs, bool silu) {
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], view(x), fin(weight), fin(bias),
+            checked_borders(cu_seqlens, num_seqs, sizes[2]), num_seqs, silu};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -100,5 +136,34 @@ PYBIND11_MODULE(_C, m) {
                              int threads) {
         ULTRA_PICK(dyt_backward)(in(dy), in(x), alpha, fin(weight), out(dx), fout(dalpha), fout(dweight), fout(dbias),
                                  fout(scratch), rows, D, dtype, threads);
+    }, Nogil());
+
+    m.attr("scan_segment") = ultra::kScanSegment;
+    m.def("scan_blocks", &ultra::scan_blocks);
+    py::class_<ScanProblem>(m, "ScanProblem")
+        .def(py::init<Ints, Ints, Ints, Ints, int64_t, Address, Ints, Ints, Address, Address, Address, int64_t, Address,
+                      int64_t, bool, bool, bool>());
+    m.def("scan_forward_scratch", [](const ScanProblem& p) { return ULTRA_PICK(scan_forward_scratch)(p); });
+    m.def("scan_backward_scratch", [](const ScanProblem& p) { return ULTRA_PICK(scan_backward_scratch)(p); });
+    m.def("scan_forward", [](const ScanProblem& p, const Ints& out_view, Address last, Address scratch, int threads) {
+        ULTRA_PICK(scan_forward)(p, view(out_view), fout(last), fout(scratch), threads);
+    }, Nogil());
+    m.def("scan_backward", [](const ScanProblem& p, const Ints& dy, const Ints& du, const Ints& dz, const Ints& ddelta,
+                              int64_t ddelta_direction, Address dlast, Address dA, Address dD, Address dbias, Address dB,
+                              Address dC, Address dB_parts, Address dC_parts, Address scratch, int threads) {
+        ultra::ScanGradients g{view(dy), view(du), view(dz), view(ddelta), ddelta_direction, fin(dlast), fout(dA),
+                               fout(dD), fout(dbias), fout(dB), fout(dC), fout(dB_parts), fout(dC_parts)};
+        ULTRA_PICK(scan_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+
+    m.def("conv_forward", [](const Ints& sizes, const Ints& x, Address weight, Address bias, Address cu_seqlens,
+                             int64_t num_seqs, bool silu, const Ints& y, int threads) {
+        ULTRA_PICK(conv_forward)(conv_problem(sizes, x, weight, bias, cu_seqlens, num_seqs, silu), view(y), threads);
+    }, Nogil());
+    m.def("conv_backward", [](const Ints& sizes, const Ints& x, Address weight, Address bias, Address cu_seqlens,
+                              int64_t num_seqs, bool silu, const Ints& dy, const Ints& dx, Address dweight,
+                              Address dbias, int threads) {
+        ULTRA_PICK(conv_backward)(conv_problem(sizes, x, weight, bias, cu_seqlens, num_seqs, silu), view(dy), view(dx),
+                                  fout(dweight), fout(dbias), threads);
     }, Nogil());
 }

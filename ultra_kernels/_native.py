@@ -67,6 +67,16 @@ def why_not(tensor: torch.Tensor, *args: object) -> str | None:
     return reason
 
 
+def view(t: torch.Tensor | None) -> tuple[int, ...]:
+    """A [B,D,L] tensor of any strides as csrc/common/view.h takes it: address, three strides, dtype; None: absent."""
+    return (0, 0, 0, 0, 0) if t is None else (t.data_ptr(), *t.stride(), DTYPES[t.dtype])
+
+
+def address(t: torch.Tensor | None) -> int:
+    """Where the data of a contiguous tensor lies; 0, the null pointer, for None."""
+    return 0 if t is None else t.data_ptr()
+
+
 def build_info() -> dict[str, str]:
     """What the build recorded: compiler, flags, instruction sets, or the reason for its failure and the remedy."""
     for folder in _folders():

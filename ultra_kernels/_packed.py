@@ -126,9 +126,7 @@ class _Unpad(torch.autograd.Function):
 
 
 @torch.compiler.disable(recursive=True)  # the groups depend on data: a compiled caller breaks its graph here
-def by_sequence(
-    dense: Callable[..., torch.Tensor], cu_seqlens: torch.Tensor, *rows: torch.Tensor
-) -> torch.Tensor:
+def by_sequence(dense: Callable[..., torch.Tensor], cu_seqlens: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
     """dense(group, *blocks [S,L,...]) -> [S,L,...] applied to the groups of packed rows [1,T,...]; returns [1,T,...]."""
     packing = Packing(cu_seqlens, rows[0].shape[1])
     if not packing.groups:  # no rows at all; the call keeps the shapes and the autograd graph

@@ -4,8 +4,21 @@
 
 #include <stdint.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace ultra {
 namespace ULTRA_ISA {
+
+// Within a body of parallel_for: the number of the thread that runs it, for scratch memory.
+static inline int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // Runs body(i) for i in [0, n) on at most `threads` threads. Without OpenMP it runs them in turn.
 template <typename Body> static inline void parallel_for(int64_t n, int threads, const Body& body) {

@@ -84,9 +84,7 @@ def test_prefix_is_seen_by_all_and_has_no_position(rotary_heads: int, causal: bo
     ones = torch.ones_like(v[..., :1])
     # recover the sum of exponentials of the sequence's own part by adding one prefix key of logit 0
     zero_k, one_v = torch.zeros(1, 2, 6, dtype=F64), torch.ones(1, 2, 1, dtype=F64)
-    share = hope_attention(
-        q, k, 0 * ones, rotary_heads=rotary_heads, causal=causal, prefix_k=zero_k, prefix_v=one_v
-    )
+    share = hope_attention(q, k, 0 * ones, rotary_heads=rotary_heads, causal=causal, prefix_k=zero_k, prefix_v=one_v)
     own_sum = 1 / share - 1
     own = hope_attention(q, k, v, rotary_heads=rotary_heads, causal=causal)
     weights = torch.einsum("bmhk,phk->bmhp", q, pk).mul(6**-0.5).exp()

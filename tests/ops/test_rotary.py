@@ -66,7 +66,9 @@ def test_gradients() -> None:
 def test_compiles_without_a_graph_break() -> None:
     x = torch.randn(2, 5, 2, 4, requires_grad=True)
     compiled = torch.compile(lambda x: rotary(x, torch.arange(5)), fullgraph=True, backend="aot_eager")
-    got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, lambda x: rotary(x, torch.arange(5))))
+    got, want = (
+        torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, lambda x: rotary(x, torch.arange(5)))
+    )
     torch.testing.assert_close(got, want)
 
 

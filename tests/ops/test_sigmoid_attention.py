@@ -24,9 +24,7 @@ def literal(q, k, v, bias, scale, normalize=False, causal=False):
         for h in range(H):
             for m in range(T):
                 keys = range(m + 1) if causal else range(T)
-                weights = {
-                    n: 1 / (1 + math.exp(-(scale * float(q[b, m, h] @ k[b, n, h]) + bias[h]))) for n in keys
-                }
+                weights = {n: 1 / (1 + math.exp(-(scale * float(q[b, m, h] @ k[b, n, h]) + bias[h]))) for n in keys}
                 total = sum(weights.values()) + 1e-6 if normalize else 1.0
                 for n, w in weights.items():
                     o[b, m, h] += w / total * v[b, n, h]
@@ -43,9 +41,7 @@ def test_literal_sum(options, causal: bool) -> None:
         bias = [0.0] * 3
     want = literal(q, k, v, bias, options.get("scale", 0.5), options.get("normalize", False), causal)
     given = options | ({"bias": torch.tensor(heads, dtype=F64)} if options.get("bias") == "heads" else {})
-    torch.testing.assert_close(
-        sigmoid_attention(q, k, v, causal=causal, **given), want, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(sigmoid_attention(q, k, v, causal=causal, **given), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": -2.0}, {"normalize": True}, {"causal": True}])

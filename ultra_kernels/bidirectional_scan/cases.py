@@ -37,6 +37,5 @@ CASES = [
     _case("bare-T130-D33-N4", 1, 33, 130, 4, bare=True),
     _case("ragged-T150-D19-N8", 1, 19, 150, 8, rows=True, cu=(0, 1, 1, 66, 79, 150, 150)),
     _case("ragged-sum-T97-D9-N2", 1, 9, 97, 2, cu=(0, 0, 3, 96, 97), shift=False),
-    _case("no-tokens-D5-N4", 2, 5, 0, 4),
     _case("standard-T512-D1536-N16", 1, 1536, 512, 16, rows=True, bench=True),
 ]

@@ -57,6 +57,5 @@ CASES = [
     _case("ragged-T150-D19-W4", 1, 19, 150, 4, rows=True, cu=(0, 1, 1, 66, 79, 150, 150)),
     _case("ragged-T97-D9-W5-centred", 1, 9, 97, 5, cu=(0, 0, 3, 96, 97), direction="centred"),
     _case("ragged-T97-D9-W8-backward", 1, 9, 97, 8, cu=(0, 2, 4, 5, 97), direction="backward"),
-    _case("no-tokens-D5-W4", 2, 5, 0, 4),
     _case("standard-T512-D1536-W4", 1, 1536, 512, 4, rows=True, bench=True),
 ]

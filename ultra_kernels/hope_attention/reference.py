@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .._packed import Group, by_sequence
 from ..rotary.reference import rotary
@@ -39,35 +40,31 @@ def hope_attention(
 ) -> torch.Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     alpha = q.shape[-1] ** -0.5 if scale is None else scale
-    if not isinstance(damping, torch.Tensor):
-        damping = torch.tensor(damping, dtype=wide, device=q.device)
+    damping = torch.as_tensor(damping, dtype=wide, device=q.device)
     R = rotary_heads
     prefix = None if prefix_k is None or prefix_v is None else (prefix_k.to(wide), prefix_v.to(wide))
 
     def dense(group: Group, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         L = q.shape[1]
+        pads = group.key_mask()
         parts = []
         if R:
             positions = torch.arange(L, device=q.device)
             turned = (rotary(x[:, :, :R], positions, rotary_theta) for x in (q, k))
             q_r, k_r, v_r = (x.transpose(1, 2) for x in (*turned, v[:, :, :R]))
-            masked = _masked(group, L, causal, q.device)
-            if prefix is not None:
-                k_r, v_r = _prepended(k_r, prefix[0][:, :R]), _prepended(v_r, prefix[1][:, :R])
-                masked = None if masked is None else F.pad(masked, (prefix[0].shape[0], 0))
-            allowed = None if masked is None else ~masked
-            parts.append(F.scaled_dot_product_attention(q_r, k_r, v_r, attn_mask=allowed, scale=alpha))
+            masked = _masked(pads, L, causal, q.device)
+            if prefix is None:
+                allowed = None if masked is None else ~masked
+                parts.append(F.scaled_dot_product_attention(q_r, k_r, v_r, attn_mask=allowed, scale=alpha))
+            else:
+                logits = (q_r * alpha) @ k_r.mT
+                logits = logits if masked is None else logits.masked_fill(masked, -math.inf)
+                parts.append(_attend(logits, v_r, q[:, :, :R] * alpha, *(p[:, :R] for p in prefix)))
         if q.shape[2] > R:
             q_h, k_h, v_h = (x[:, :, R:].transpose(1, 2) for x in (q, k, v))
-            pads = group.key_mask()
-            logits = _Logits.apply(
-                _light_cone(q_h, alpha), _light_cone(k_h), damping.to(wide), pads, base, mode, causal
-            )
-            if prefix is not None:
-                keys = prefix[0][:, R:].permute(1, 2, 0)  # [H,K,P]
-                logits = torch.cat([(q_h * alpha) @ keys, logits], -1)
-                v_h = _prepended(v_h, prefix[1][:, R:])
-            parts.append(logits.softmax(-1) @ v_h)
+            logits = _Logits.apply(_light_cone(q_h, alpha), _light_cone(k_h), damping, pads, base, mode, causal)  # type: ignore[no-untyped-call]
+            rest = () if prefix is None else (q[:, :, R:] * alpha, *(p[:, R:] for p in prefix))
+            parts.append(_attend(logits, v_h, *rest))
         o = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return o.transpose(1, 2)
 
@@ -80,20 +77,28 @@ def hope_attention(
     return o.to(q.dtype)
 
 
-def _prepended(x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """x [S,H,L,K] after prefix [P,H,K]: [S,H,P+L,K]."""
-    P, H, K = prefix.shape
-    return torch.cat([prefix.transpose(0, 1).expand(x.shape[0], H, P, K), x], 2)
+def _attend(
+    logits: torch.Tensor,
+    v: torch.Tensor,
+    q: torch.Tensor | None = None,
+    prefix_k: torch.Tensor | None = None,
+    prefix_v: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(logits [S,H,L,L]) v [S,H,L,V], joined by prefix keys for the scaled q [S,L,H,K] that knows no position."""
+    if q is None or prefix_k is None or prefix_v is None:
+        return logits.softmax(-1) @ v
+    P = prefix_k.shape[0]
+    before = q.transpose(1, 2) @ prefix_k.permute(1, 2, 0)
+    weights = torch.cat([before, logits], -1).softmax(-1)
+    return weights[..., :P] @ prefix_v.transpose(0, 1) + weights[..., P:] @ v
 
 
-def _masked(group: Group, L: int, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """[S or 1, 1, L, L], True where a query must not see a key."""
+def _masked(pads: torch.Tensor | None, L: int, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """[S or 1, 1, L or 1, L], True where a query must not see a key."""
     future = torch.ones(L, L, dtype=torch.bool, device=device).triu_(1)[None, None] if causal else None
-    pads = group.key_mask()
     if pads is None:
         return future
-    padded = pads[:, None, None, :].expand(-1, 1, L, -1)
-    return padded if future is None else padded | future
+    return pads[:, None, None, :] if future is None else pads[:, None, None, :] | future
 
 
 def _light_cone(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -103,52 +108,72 @@ def _light_cone(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return torch.cat([x1 + x2, x1 - x2], -1).contiguous()
 
 
-def _rates(K: int, base: float, mode: str, device: torch.device) -> torch.Tensor:
-    """Decay per position of every light-cone channel for keys on the left, without the damping: [K] float64.
+def _halvings(lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+    """(lo, mid, hi) of every halving of [lo, hi) down to tiles; mid - lo is a power of two of tiles."""
+    if hi - lo > _TILE:
+        width = _TILE
+        while 2 * width < hi - lo:
+            width *= 2
+        yield lo, lo + width, hi
+        yield from _halvings(lo, lo + width)
+        yield from _halvings(lo + width, hi)
 
-    For keys on the right the two halves swap.
-    """
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    theta = base ** (torch.arange(0, K, 2, device=device, dtype=exact) / -K)
-    top = theta if mode == "per_pair" else theta[0]
-    return torch.cat([top - theta, top + theta])
+
+def _tiles(T: int) -> Iterator[tuple[int, int, int]]:
+    """(first row, number of tiles, rows of each): all whole diagonal tiles, then the rest."""
+    whole, rest = divmod(T, _TILE)
+    if whole:
+        yield 0, whole, _TILE
+    if rest:
+        yield T - rest, 1, rest
 
 
-def _ranges(lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
-    """The halving of [lo, hi): (lo, mid, hi) for two off-diagonal blocks, (lo, hi, hi) for a diagonal tile."""
-    if hi - lo <= _TILE:
-        if hi > lo:
-            yield lo, hi, hi
-        return
-    mid = (lo + hi) // 2
-    yield lo, mid, hi
-    yield from _ranges(lo, mid)
-    yield from _ranges(mid, hi)
+def _rows(x: torch.Tensor, first: int, n: int, c: int) -> torch.Tensor:
+    """The rows of n tiles of x [S,H,T,K]: a view [S,H,n,c,K]."""
+    return x[:, :, first : first + n * c].unflatten(2, (n, c))
+
+
+def _diagonal(x: torch.Tensor, first: int, n: int, c: int) -> torch.Tensor:
+    """n diagonal tiles of x [S,H,T,T]: a view [S,H,n,c,c]."""
+    x = x[:, :, first : first + n * c, first : first + n * c]
+    return x.unflatten(3, (n, c)).unflatten(2, (n, c)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
 
 
 class _Factors:
-    """e^(-r·j): the scalings of queries and keys before their products."""
+    """The scalings of query and key rows before their products, by side: key on the left of the query (True) or right."""
 
-    def __init__(self, T: int, K: int, base: float, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-        rates = _rates(K, base, mode, device)
-        exponent = -torch.arange(T // 2 + 2, device=device)[:, None] * rates
+    def __init__(self, T: int, K: int, base: float, mode: str, damping: torch.Tensor, dtype: torch.dtype) -> None:
+        exact = torch.float32 if damping.device.type == "mps" else torch.float64
+        theta = base ** (torch.arange(0, K, 2, device=damping.device, dtype=exact) / -K)
+        top = theta if mode == "per_pair" else theta[0]
+        rates = torch.cat([top - theta, top + theta])  # keys on the left; on the right the two halves swap
+        j = torch.arange(max(T, _TILE), device=damping.device, dtype=exact)[:, None]
+        exponent = -j * (rates + damping.to(exact))
         # powers below the smallest normal number count as 0: products with denormal numbers run 50 times slower on CPUs
         keep = exponent > math.log(torch.finfo(dtype).tiny)
-        left = torch.where(keep, exponent, -math.inf).exp().to(dtype)
-        self.shrink = {True: left, False: left.roll(K // 2, 1)}  # key on the left of the query, or on the right
-        self.grow = {side: x[:_TILE].reciprocal() for side, x in self.shrink.items()}
+        shrink = torch.where(keep, exponent, -math.inf).exp().to(dtype)
+        self._shrink = {True: shrink, False: shrink.roll(K // 2, 1)}
+        # around a tile's centre the exponents have both signs; the damping, which has no bound, comes after the product
+        centred = (_TILE // 2 - j[:_TILE]) * rates
+        query, key = centred.exp().to(dtype), (-centred).exp().to(dtype)
+        self._tile = {True: (query, key), False: (key.roll(K // 2, 1), query.roll(K // 2, 1))}
+        gap = (j[:_TILE] - j[:_TILE, 0]).abs()
+        self.decay = (-gap * damping.to(exact)).exp().to(dtype)
 
-    def tile(self, c: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors [c,K] of query and key rows around the centre of a diagonal tile."""
-        mid = c // 2
-        shrink, grow = self.shrink[left], self.grow[left]
-        down = torch.cat([grow[1 : mid + 1].flip(0), shrink[: c - mid]])  # e^(-r(j-mid))
-        up = torch.cat([shrink[1 : mid + 1].flip(0), grow[: c - mid]])
-        return (down, up) if left else (up, down)
+    def tile(self, left: bool, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key = self._tile[left]
+        return query[:c], key[:c]
+
+    def block(self, left: bool, lo: int, mid: int, hi: int) -> tuple[slice, slice, torch.Tensor, torch.Tensor]:
+        """Rows and columns of an off-diagonal block and the factors of its queries and keys, which meet at mid."""
+        near, far = self._shrink[left][: hi - mid], self._shrink[left][1 : mid - lo + 1].flip(0)
+        if left:
+            return slice(mid, hi), slice(lo, mid), near, far
+        return slice(lo, mid), slice(mid, hi), far, near
 
 
 class _Logits(torch.autograd.Function):
-    """[S,H,L,L] from light-cone q, k [S,H,L,K]; -inf at pads [S,L] and, when causal, above the diagonal."""
+    """[S,H,T,T] from light-cone q, k [S,H,T,K]; -inf at pads [S,T] and, when causal, above the diagonal."""
 
     @staticmethod
     def forward(
@@ -162,59 +187,52 @@ class _Logits(torch.autograd.Function):
         causal: bool,
     ) -> torch.Tensor:
         S, H, T, K = q.shape
-        out = q.new_empty(S, H, T, T)
-        factors = _Factors(T, K, base, mode, q.dtype, q.device)
-        gap = torch.arange(T, device=q.device)
-        gap = (gap[:, None] - gap).to(q.dtype)
-        decay = (-damping * gap.abs()).exp()
-        for lo, mid, hi in _ranges(0, T):
-            if mid == hi:
-                (fq, fk), (bq, bk) = (factors.tile(hi - lo, left) for left in (True, False))
-                a, b = q[:, :, lo:hi], k[:, :, lo:hi]
-                tile = (a * fq) @ (b * fk).mT
-                below = gap[lo:hi, lo:hi] >= 0
-                other = -math.inf if causal else (a * bq) @ (b * bk).mT
-                tile = torch.where(below, tile, other)
-                torch.mul(tile, decay[lo:hi, lo:hi], out=out[:, :, lo:hi, lo:hi])
-                continue
-            near, far = factors.shrink[True][: hi - mid], factors.shrink[True][1 : mid - lo + 1].flip(0)
-            block = (q[:, :, mid:hi] * near) @ (k[:, :, lo:mid] * far).mT
-            torch.mul(block, decay[mid:hi, lo:mid], out=out[:, :, mid:hi, lo:mid])
-            if causal:
-                out[:, :, lo:mid, mid:hi] = -math.inf
-                continue
-            near, far = factors.shrink[False][: hi - mid], factors.shrink[False][1 : mid - lo + 1].flip(0)
-            block = (q[:, :, lo:mid] * far) @ (k[:, :, mid:hi] * near).mT
-            torch.mul(block, decay[lo:mid, mid:hi], out=out[:, :, lo:mid, mid:hi])
+        factors = _Factors(T, K, base, mode, damping, q.dtype)
+        out = q.new_empty((S, H, T, T))
+        for first, n, c in _tiles(T):
+            a, b = _rows(q, first, n, c), _rows(k, first, n, c)
+            (left_q, left_k), (right_q, right_k) = factors.tile(True, c), factors.tile(False, c)
+            decay = factors.decay[:c, :c]
+            below = ((a * left_q) @ (b * left_k).mT) * decay
+            above = -math.inf if causal else ((a * right_q) @ (b * right_k).mT) * decay
+            lower = torch.ones(c, c, dtype=torch.bool, device=q.device).tril_()
+            _diagonal(out, first, n, c).copy_(torch.where(lower, below, above))
+        for lo, mid, hi in _halvings(0, T):
+            for left in (True, False):
+                rows, cols, fq, fk = factors.block(left, lo, mid, hi)
+                if causal and not left:
+                    out[:, :, rows, cols] = -math.inf
+                else:
+                    out[:, :, rows, cols] = (q[:, :, rows] * fq) @ (k[:, :, cols] * fk).mT
         if pads is not None:
             out.masked_fill_(pads[:, None, None, :], -math.inf)
-        ctx.causal, ctx.factors = causal, factors
-        ctx.save_for_backward(q, k, decay, gap, out if ctx.needs_input_grad[2] else None)
+        ctx.factors, ctx.sides = factors, (True,) if causal else (True, False)
+        ctx.save_for_backward(q, k, out if ctx.needs_input_grad[2] else None)
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        q, k, decay, gap, out = ctx.saved_tensors
+        q, k, out = ctx.saved_tensors
         factors, T = ctx.factors, q.shape[2]
         dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-        for lo, mid, hi in _ranges(0, T):
-            if mid == hi:
-                g = grad[:, :, lo:hi, lo:hi] * decay[lo:hi, lo:hi]
-                a, b = q[:, :, lo:hi], k[:, :, lo:hi]
-                for left in (True,) if ctx.causal else (True, False):
-                    fq, fk = factors.tile(hi - lo, left)
-                    half = g.tril() if left else g.triu(1)
-                    dq[:, :, lo:hi] += (half @ (b * fk)) * fq
-                    dk[:, :, lo:hi] += (half.mT @ (a * fq)) * fk
-                continue
-            for left in (True,) if ctx.causal else (True, False):
-                near, far = factors.shrink[left][: hi - mid], factors.shrink[left][1 : mid - lo + 1].flip(0)
-                rows, cols = (slice(mid, hi), slice(lo, mid)) if left else (slice(lo, mid), slice(mid, hi))
-                fq, fk = (near, far) if left else (far, near)
-                g = grad[:, :, rows, cols] * decay[rows, cols]
-                dq[:, :, rows] += (g @ (k[:, :, cols] * fk)) * fq
-                dk[:, :, cols] += (g.mT @ (q[:, :, rows] * fq)) * fk
+        for first, n, c in _tiles(T):
+            a, b = _rows(q, first, n, c), _rows(k, first, n, c)
+            for left in ctx.sides:
+                fq, fk = factors.tile(left, c)
+                decay = factors.decay[:c, :c]
+                g = _diagonal(grad, first, n, c) * (decay.tril() if left else decay.triu(1))
+                _rows(dq, first, n, c).addcmul_(g @ (b * fk), fq)
+                _rows(dk, first, n, c).addcmul_(g.mT @ (a * fq), fk)
+        for lo, mid, hi in _halvings(0, T):
+            for left in ctx.sides:
+                rows, cols, fq, fk = factors.block(left, lo, mid, hi)
+                g = grad[:, :, rows, cols]
+                dq[:, :, rows].addcmul_(g @ (k[:, :, cols] * fk), fq)
+                dk[:, :, cols].addcmul_(g.mT @ (q[:, :, rows] * fq), fk)
         ddamping = None
         if out is not None:  # masked logits are -inf and have zero gradient
-            ddamping = -(torch.where(grad == 0, 0.0, grad * out) * gap.abs()).sum()
+            gap = torch.arange(T, device=q.device)
+            gap = (gap[:, None] - gap).abs().to(q.dtype)
+            ddamping = -(torch.where(grad == 0, 0.0, grad * out) * gap).sum()
         return dq, dk, ddamping, None, None, None, None

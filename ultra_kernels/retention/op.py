@@ -120,9 +120,7 @@ def retention_step(
         )
     _check_heads(q.shape[1], log_decay, scale)
     if state.shape != (*q.shape, v.shape[-1]):
-        raise ValueError(
-            f"retention_step: state has shape {tuple(state.shape)}, must be {(*q.shape, v.shape[-1])}"
-        )
+        raise ValueError(f"retention_step: state has shape {tuple(state.shape)}, must be {(*q.shape, v.shape[-1])}")
     q, k, v = autocast(q, k, v)
     STEP.choose(backend, q)
     with full_precision(q):

@@ -118,9 +118,7 @@ def _chunked(
         if direction in (side, "bidirectional"):
             # a key at j reaches the end (forward) or start (backward) of its chunk, whole chunks, then the query's place
             leave, enter, between = (
-                (C - 1 - j, j + 1, c[:, None] - c - 1)
-                if side == "forward"
-                else (j, C - j, c - c[:, None] - 1)
+                (C - 1 - j, j + 1, c[:, None] - c - 1) if side == "forward" else (j, C - j, c - c[:, None] - 1)
             )
             states = (k * _power(g, leave)[:, None, :, None]).mT @ v
             carried = _power(C * g, between) @ states.flatten(-2)

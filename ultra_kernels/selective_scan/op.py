@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import Op
+from .. import _native
+from .._dispatch import Op, define_differentiable
 from . import reference
 
-OP = Op("selective_scan", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+SEGMENT = 64  # steps between two states saved for the backward pass; kScanSegment of csrc/selective_scan
+
+
+def native_why_not(*tensors: torch.Tensor | None) -> str | None:
+    """The reasons of _native.why_not for the tensors that the C++ reads in place: u, delta, z."""
+    return next((why for t in tensors if t is not None and (why := _native.why_not(t)) is not None), None)
+
+
+OP = Op(
+    "selective_scan",
+    __package__,
+    {"cuda": ("reference",), "cpu": ("native", "reference")},
+    {"native": native_why_not},
+)
 
 
 def selective_scan(
@@ -26,24 +40,23 @@ def selective_scan(
     cu_seqlens: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t from h = 0, y_t = C_t · h_t, out = (y + D u) · silu(z), in float32.
+    """h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t from h = 0, y_t = C_t · h_t, out = (y + D u) · silu(z).
 
-    u, delta, z `[B,D,L]`; A `[D,N]` real; B, C `[B,N,L]`, or `[B,G,N,L]` where channel d reads group d // (D/G);
-    D, delta_bias `[D]`. Δ = delta + delta_bias, with delta_softplus its softplus. direction "backward" reads the time
-    axis from its end: the forward scan of the flipped inputs, flipped back. cu_seqlens int32 `[num_seqs + 1]` (B = 1):
-    h starts from 0 in every sequence.
+    u, delta, z `[B,D,L]`; A `[D,N]` real; B, C `[B,N,L]`, or `[B,G,N,L]` where channel d reads group
+    d // (D/G); D, delta_bias `[D]`. Δ = delta + delta_bias, with delta_softplus its softplus. direction
+    "backward" reads the time axis from its end: the forward scan of the flipped inputs, flipped back.
+    cu_seqlens int32 `[num_seqs + 1]` (B = 1): h starts from 0 in every sequence. Computed in float32.
 
-    Returns out (u's shape and dtype) or, with return_last_state, (out, last_state): float32 h after the last step read,
-    `[B,D,N]`, with cu_seqlens `[num_seqs,D,N]`. Drop-in for mamba-ssm's selective_scan_fn with B, C varying in time.
-    Raises ValueError, BackendUnavailable. After Gu & Dao 2023 (arXiv:2312.00752).
+    Returns out (u's shape and dtype) or, with return_last_state, (out, last_state): float32 h after the last
+    step read, `[B,D,N]`, with cu_seqlens `[num_seqs,D,N]`. Drop-in for mamba-ssm's selective_scan_fn with
+    B, C varying in time. Raises ValueError, BackendUnavailable. After Gu & Dao 2023 (arXiv:2312.00752).
     """
     check_scan("selective_scan", u, delta, A, B, C, D, z, delta_bias, cu_seqlens)
     if direction not in ("forward", "backward"):
         raise ValueError(f"selective_scan: direction is {direction!r}; it must be 'forward' or 'backward'")
-    OP.choose(backend, u)
-    out, last = reference.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens
-    )
+    chosen = OP.choose(backend, u, delta, z)
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens)
+    out, last = reference.selective_scan(*args) if chosen == "reference" else _forward(*args, chosen)[:2]
     return (out, last) if return_last_state else out
 
 
@@ -60,30 +73,36 @@ def check_scan(
     cu_seqlens: torch.Tensor | None,
     directions: tuple[int, ...] = (),
 ) -> None:
-    """Raises ValueError unless the shapes fit together; `directions` is the leading shape of the doubled arguments."""
+    """Raises ValueError unless shapes and devices fit; `directions`: leading shape of doubled arguments."""
     if u.dim() != 3:
         raise ValueError(f"{op}: u has shape {tuple(u.shape)}; it must be [B,D,L]")
     batch, channels, length = u.shape
     if A.dim() != 2 + len(directions) or A.is_complex():
-        raise ValueError(f"{op}: A is {A.dtype} of shape {tuple(A.shape)}; it must be real {[*directions, 'D', 'N']}")
+        wanted_A = (*directions, channels, "N")
+        raise ValueError(f"{op}: A is {A.dtype} of shape {tuple(A.shape)}; it must be real {wanted_A}")
     states = A.shape[-1]
+    grouped = (B.shape[1],) if not directions and B.dim() == 4 else ()
+    if grouped and (grouped[0] == 0 or channels % grouped[0]):
+        raise ValueError(f"{op}: B has {grouped[0]} groups, which do not divide the {channels} channels of u")
     wanted: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
         ("delta", delta, (*directions, batch, channels, length)),
         ("A", A, (*directions, channels, states)),
+        ("B", B, (*directions, batch, *grouped, states, length)),
+        ("C", C, (*directions, batch, *grouped, states, length)),
         ("D", D, (channels,)),
         ("z", z, (batch, channels, length)),
         ("delta_bias", delta_bias, (*directions, channels)),
     ]
-    for name, M in (("B", B), ("C", C)):
-        grouped = (M.shape[-3],) if not directions and M.dim() == 4 else ()
-        if grouped and (grouped[0] == 0 or channels % grouped[0]):
-            raise ValueError(f"{op}: {name} has {grouped[0]} groups, which do not divide the {channels} channels of u")
-        wanted.append((name, M, (*directions, batch, *grouped, states, length)))
     for name, tensor, shape in wanted:
-        if tensor is not None and tensor.shape != shape:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}; with u {tuple(u.shape)} and N {states} it must be {shape}"
+                f"{op}: {name} has shape {tuple(tensor.shape)}; "
+                f"with u {tuple(u.shape)} and N {states} it must be {tuple(shape)}"
             )
+        if tensor.device != u.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, u on {u.device}; move it there")
     check_cu_seqlens(op, "u", u, cu_seqlens)
 
 
@@ -92,8 +111,77 @@ def check_cu_seqlens(op: str, name: str, x: torch.Tensor, cu_seqlens: torch.Tens
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
-        raise ValueError(
-            f"{op}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be int32 [num_seqs + 1]"
-        )
+        got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{op}: cu_seqlens is {got}; it must be int32 [num_seqs + 1]")
     if x.shape[0] != 1:
         raise ValueError(f"{op}: with cu_seqlens the batch size must be 1; {name} has shape {tuple(x.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, {name} on {x.device}; move it there")
+
+
+def dense_like(t: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of t's shape [...,D,L] with the last two axes in t's order in memory, without gaps."""
+    *lead, D, L = t.shape
+    return t.new_empty(*lead, L, D).transpose(-1, -2) if t.stride(-2) == 1 else t.new_empty(*lead, D, L)
+
+
+def saved_states(u: torch.Tensor, A: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Room for one state per segment `[directions, B, slots, N, D]`; every sequence starts a new segment."""
+    *directions, D, N = A.shape
+    L = u.shape[2]
+    slots = -(-L // SEGMENT) if cu_seqlens is None else L // SEGMENT + len(cu_seqlens) - 1
+    return u.new_empty(*(directions or (1,)), u.shape[0], slots, N, D, dtype=torch.float32)
+
+
+def fake_gradients(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """The backward's outputs without data: dB, dC lie as [...,L,N], an absent input's gradient is empty."""
+    dB, dC = (M.new_empty(*M.shape[:-2], M.shape[-1], M.shape[-2]).transpose(-1, -2) for M in (B, C))
+    dD, dbias = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (D, delta_bias))
+    dz = u.new_empty(0) if z is None else dense_like(z)
+    return dense_like(u), dense_like(delta), A.new_empty(A.shape), dB, dC, dD, dz, dbias
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.delta_softplus, ctx.direction, cu_seqlens, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # no zeros for the saved states, nor for a last state that nobody used
+
+
+def _gradients(ctx, grad, grad_last, grad_saved):  # type: ignore[no-untyped-def]
+    *tensors, cu_seqlens, saved = ctx.saved_tensors
+    grad = torch.zeros_like(tensors[0]) if grad is None else grad
+    grads = _backward(grad, grad_last, *tensors, ctx.delta_softplus, ctx.direction, cu_seqlens, saved, ctx.backend)
+    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None, None, None
+
+
+TENSORS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus"
+)
+GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # of TENSORS, in their order
+
+_forward, _backward = define_differentiable(
+    f"selective_scan({TENSORS}, str direction, Tensor? cu_seqlens, str backend) -> (Tensor, Tensor, Tensor)",
+    f"selective_scan_backward(Tensor grad, Tensor? grad_last, {TENSORS}, str direction, Tensor? cu_seqlens, "
+    f"Tensor saved, str backend) -> {GRADIENTS}",
+    forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
+    forward_fake=lambda u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens, backend: (
+        dense_like(u),
+        u.new_empty(u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape, dtype=torch.float32),
+        saved_states(u, A, cu_seqlens),
+    ),
+    backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),
+    backward_fake=lambda grad, grad_last, *args: fake_gradients(*args[:8]),
+    setup_context=_setup_context,
+    gradients=_gradients,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -76,6 +78,7 @@ def borders(cu_seqlens: torch.Tensor | None, length: int) -> list[tuple[int, int
     if cu_seqlens is None:
         return [(0, length)]
     cu = cu_seqlens.tolist()
-    if cu[0] != 0 or cu[-1] != length or any(a > b for a, b in zip(cu, cu[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}; got {cu[:8]}{' ...' * (len(cu) > 8)}")
-    return list(zip(cu, cu[1:], strict=False))
+    spans = list(itertools.pairwise(cu))
+    if cu[0] != 0 or cu[-1] != length or any(begin > end for begin, end in spans):
+        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}; got {cu[:8]} (first 8)")
+    return spans

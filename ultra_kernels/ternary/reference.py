@@ -14,9 +14,9 @@ def quantize_ternary(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, to
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     N, K = codes.shape
-    padded = torch.zeros(N, -(-K // 4) * 4, dtype=torch.uint8, device=codes.device)
-    padded[:, :K] = codes + 1
-    a, b, c, d = padded.view(N, -1, 4).unbind(-1)
+    quads = torch.zeros(N, -(-K // 4), 4, dtype=torch.uint8, device=codes.device)
+    quads.flatten(1)[:, :K] = codes + 1
+    a, b, c, d = quads.unbind(-1)
     return a | b << 2 | c << 4 | d << 6
 
 

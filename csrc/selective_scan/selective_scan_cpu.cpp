@@ -1,0 +1,540 @@
+// Contract: ultra_kernels/selective_scan/op.py
+//
+// A vector holds neighbouring channels; the state index and time run in loops. Time is cut into segments of at most
+// kScanSegment steps within one sequence, and a direction is only a sign: row i of a tile is the i-th step *read*. The
+// forward pass saves the state at each segment's start, from which the backward pass recomputes the segment.
+// With `shift` the scan's result of step i belongs to the output of step i + 1: tiles of outputs have one row more.
+#include "selective_scan/selective_scan.h"
+
+#include "common/gates.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace ultra {
+namespace ULTRA_ISA {
+
+constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.693147180559945f;
+constexpr int64_t kVectors = kScanBlock / kLanes;
+constexpr int64_t kTile = (kScanSegment + 1) * kLanes;
+// States per pass over a segment: their decay rates, states and adjoints stay in registers.
+constexpr int kForwardStates = kLanes == 16 ? 8 : 4;
+constexpr int kBackwardStates = 4;
+
+static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t longest(const ScanProblem& p) {
+    if (!p.borders) return p.length;
+    int64_t most = 0;
+    for (int64_t s = 0; s < p.sequences; ++s)
+        if (p.borders[s + 1] - p.borders[s] > most) most = p.borders[s + 1] - p.borders[s];
+    return most;
+}
+
+// One task: a batch row and a block of channels of one group.
+struct Block {
+    int64_t b, group, part, first, last;  // channels [first, last)
+
+    Block(const ScanProblem& p, int64_t task) {
+        int64_t parts = scan_blocks(p.channels, p.groups), size = p.channels / p.groups;
+        part = task % parts;
+        group = task / parts % p.groups;
+        b = task / parts / p.groups;
+        first = group * size + part * kScanBlock;
+        last = min_of(first + kScanBlock, (group + 1) * size);
+    }
+    int64_t vectors() const { return (last - first + kLanes - 1) / kLanes; }
+    int64_t lanes(int64_t v) const { return min_of(kLanes, last - first - v * kLanes); }
+};
+
+struct Sequence {
+    int64_t begin, length, slot;  // slot: of its first saved state
+};
+
+// Calls body(index, Sequence) for the sequences of one batch row, in order.
+template <typename Body> static void for_sequences(const ScanProblem& p, const Body& body) {
+    int64_t slot = 0;
+    for (int64_t s = 0; s < (p.borders ? p.sequences : 1); ++s) {
+        int64_t begin = p.borders ? p.borders[s] : 0;
+        int64_t length = (p.borders ? p.borders[s + 1] : p.length) - begin;
+        body(s, Sequence{begin, length, slot});
+        slot += (length + kScanSegment - 1) / kScanSegment;
+    }
+}
+
+// A segment as read by one direction: step i is at position t + i * step.
+struct Segment {
+    int64_t begin, rows, t;
+    int step;
+
+    Segment(const Sequence& s, int64_t index, bool reverse) {
+        begin = index * kScanSegment;
+        rows = min_of(kScanSegment, s.length - begin);
+        step = reverse ? -1 : 1;
+        t = reverse ? s.begin + s.length - 1 - begin : s.begin + begin;
+    }
+};
+
+static const float* row(const ScanRows& m, int64_t dir, const Block& block, int64_t t) {
+    return m.data + dir * m.direction + block.b * m.batch + block.group * m.group + t * m.time;
+}
+
+static float* saved(const ScanProblem& p, int64_t dir, int64_t b, int64_t slot, int64_t n, int64_t d) {
+    return p.states_saved + (((dir * p.batch + b) * p.slots + slot) * p.states + n) * p.channels + d;
+}
+
+static vf load_lanes(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load_part(p, (int)lanes); }
+static void store_lanes(float* p, vf v, int64_t lanes) {
+    if (lanes == kLanes) store(p, v);
+    else store_part(p, v, (int)lanes);
+}
+
+static void fill(float* p, int64_t n, float value) {
+    for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+// rates[v][n][lane] = A[d][n] * log2(e): the decay of a step is 2^(dt * rate).
+static void load_rates(const ScanProblem& p, int64_t dir, const Block& block, float* rates) {
+    fill(rates, kScanBlock * p.states, 0.0f);
+    for (int64_t d = block.first; d < block.last; ++d) {
+        int64_t v = (d - block.first) / kLanes, lane = (d - block.first) % kLanes;
+        for (int64_t n = 0; n < p.states; ++n)
+            rates[(v * p.states + n) * kLanes + lane] = kLog2E * p.A[(dir * p.channels + d) * p.states + n];
+    }
+}
+
+// Turns delta into dt in place; slope, where asked for, is d dt / d delta.
+static void make_steps(const ScanProblem& p, int64_t dir, int64_t d, int64_t lanes, int64_t rows, float* dt, float* slope) {
+    vf bias = p.delta_bias ? load_lanes(p.delta_bias + dir * p.channels + d, lanes) : splat(0.0f);
+    for (int64_t i = 0; i < rows * kLanes; i += kLanes) {
+        vf x = load(dt + i) + bias;
+        store(dt + i, p.softplus ? softplus(x) : x);
+        if (slope) store(slope + i, p.softplus ? sigmoid(x) : splat(1.0f));
+    }
+}
+
+static View of_direction(View v, int64_t dir, int64_t stride) {
+    v.data += dir * stride * (v.dtype == kFloat32 ? 4 : 2);
+    return v;
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+// Steps `states` states of one vector of channels through a segment; y += C . h. B, C: rows of this chunk's states.
+template <int states>
+static inline void advance(int64_t rows, const float* dt, const float* dtu, const float* B, const float* C,
+                           int64_t B_step, int64_t C_step, const float* rates, float* state, float* y) {
+    vf rate[states], h[states];
+    for (int k = 0; k < states; ++k) {
+        rate[k] = load(rates + k * kLanes);
+        h[k] = load(state + k * kLanes);
+    }
+    for (int64_t i = 0; i < rows; ++i, B += B_step, C += C_step) {
+        vf step = load(dt + i * kLanes), input = load(dtu + i * kLanes), sum = load(y + i * kLanes);
+        for (int k = 0; k < states; ++k) {
+            h[k] = exp2(step * rate[k]) * h[k] + input * B[k];
+            sum += h[k] * C[k];
+        }
+        store(y + i * kLanes, sum);
+    }
+    for (int k = 0; k < states; ++k) store(state + k * kLanes, h[k]);
+}
+
+int64_t scan_forward_scratch(const ScanProblem& p) {
+    return 4 * kTile + 2 * kScanBlock * p.states + kScanBlock + (p.directions == 2 ? longest(p) * kScanBlock : 0);
+}
+
+void scan_forward(const ScanProblem& p, const View& out, float* last, float* scratch, int threads) {
+    const int64_t N = p.states, tasks = p.batch * p.groups * scan_blocks(p.channels, p.groups);
+    const int64_t per_thread = scan_forward_scratch(p);
+    parallel_for(tasks, threads, [&](int64_t task) {
+        const Block block(p, task);
+        float* u = scratch + thread_index() * per_thread;
+        float* dt = u + kTile;
+        float* dtu = dt + kTile;
+        float* y = dtu + kTile;
+        float* rates = y + kTile;
+        float* state = rates + kScanBlock * N;  // [v][n][lane]
+        float* carry = state + kScanBlock * N;  // [v][lane]: the result of the last step of the segment before
+        float* sum = carry + kScanBlock;        // [position in the sequence][v][lane]: what direction 0 found
+
+        int64_t slots_used = 0;
+        for_sequences(p, [&](int64_t index, const Sequence& s) {
+            slots_used = s.slot + (s.length + kScanSegment - 1) / kScanSegment;
+            for (int64_t dir = 0; dir < p.directions; ++dir) {
+                const View delta = of_direction(p.delta, dir, p.delta_direction);
+                const bool final_pass = dir == p.directions - 1;
+                load_rates(p, dir, block, rates);
+                fill(state, kScanBlock * N, 0.0f);
+                fill(carry, kScanBlock, 0.0f);
+                for (int64_t k = 0; k * kScanSegment < s.length; ++k) {
+                    const Segment seg(s, k, p.reverse || dir == 1);
+                    const float* B = row(p.B, dir, block, seg.t);
+                    const float* C = row(p.C, dir, block, seg.t);
+                    const int64_t B_step = seg.step * p.B.time, C_step = seg.step * p.C.time;
+                    for (int64_t v = 0; v < block.vectors(); ++v) {
+                        const int64_t d = block.first + v * kLanes, lanes = block.lanes(v);
+                        float* h = state + v * N * kLanes;
+                        const float* rate = rates + v * N * kLanes;
+                        for (int64_t n = 0; n < N; ++n)
+                            store_lanes(saved(p, dir, block.b, s.slot + k, n, d), load(h + n * kLanes), lanes);
+                        load_tile(u, kLanes, p.u, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        load_tile(dt, kLanes, delta, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        make_steps(p, dir, d, lanes, seg.rows, dt, nullptr);
+                        for (int64_t i = 0; i < seg.rows * kLanes; i += kLanes)
+                            store(dtu + i, load(dt + i) * load(u + i));
+
+                        fill(y, (seg.rows + 1) * kLanes, 0.0f);
+                        if (p.shift) store(y, load(carry + v * kLanes));
+                        float* results = y + (p.shift ? kLanes : 0);
+                        int64_t n = 0;
+                        for (; n + kForwardStates <= N; n += kForwardStates)
+                            advance<kForwardStates>(seg.rows, dt, dtu, B + n, C + n, B_step, C_step, rate + n * kLanes,
+                                                    h + n * kLanes, results);
+                        for (; n < N; ++n)
+                            advance<1>(seg.rows, dt, dtu, B + n, C + n, B_step, C_step, rate + n * kLanes,
+                                       h + n * kLanes, results);
+                        store(carry + v * kLanes, load(y + seg.rows * kLanes));
+
+                        float* at = sum + ((seg.t - s.begin) * kVectors + v) * kLanes;
+                        const int64_t at_step = seg.step * kScanBlock;
+                        if (!final_pass) {
+                            for (int64_t i = 0; i < seg.rows; ++i) store(at + i * at_step, load(y + i * kLanes));
+                            continue;
+                        }
+                        const vf skip = p.D ? load_lanes(p.D + d, lanes) : splat(0.0f);
+                        for (int64_t i = 0; i < seg.rows; ++i) {
+                            vf total = load(y + i * kLanes) + skip * load(u + i * kLanes);
+                            if (p.directions == 2) total += load(at + i * at_step);
+                            store(y + i * kLanes, total);
+                        }
+                        if (p.z.data) {
+                            load_tile(dt, kLanes, p.z, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                            for (int64_t i = 0; i < seg.rows * kLanes; i += kLanes) {
+                                vf z = load(dt + i);
+                                store(y + i, load(y + i) * z * sigmoid(z));
+                            }
+                        }
+                        store_tile(y, kLanes, out, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                    }
+                }
+                if (last)
+                    for (int64_t d = block.first; d < block.last; ++d) {
+                        int64_t v = (d - block.first) / kLanes, lane = (d - block.first) % kLanes;
+                        float* to = last + ((p.borders ? index : block.b) * p.channels + d) * N;
+                        for (int64_t n = 0; n < N; ++n) to[n] = state[(v * N + n) * kLanes + lane];
+                    }
+            }
+        });
+        for (int64_t dir = 0; dir < p.directions; ++dir)  // outputs are the same bits every time
+            for (int64_t slot = slots_used; slot < p.slots; ++slot)
+                for (int64_t n = 0; n < N; ++n)
+                    fill(saved(p, dir, block.b, slot, n, block.first), block.last - block.first, 0.0f);
+    });
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define ULTRA_SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define ULTRA_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, i4{i, j, k, l})
+#endif
+
+static inline v4 fold(const float* p) {
+    v4 s, part;
+    memcpy(&s, p, sizeof s);
+    for (int i = 4; i < kLanes; i += 4) {
+        memcpy(&part, p + i, sizeof part);
+        s += part;
+    }
+    return s;
+}
+
+// out[j] = the sum of the lanes of vector j.
+static void sum_lanes(const float* vectors, int64_t count, float* out) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const float* p = vectors + j * kLanes;
+        v4 a = fold(p), b = fold(p + kLanes), c = fold(p + 2 * kLanes), d = fold(p + 3 * kLanes);
+        v4 ab = ULTRA_SHUFFLE4(a, b, 0, 1, 4, 5) + ULTRA_SHUFFLE4(a, b, 2, 3, 6, 7);
+        v4 cd = ULTRA_SHUFFLE4(c, d, 0, 1, 4, 5) + ULTRA_SHUFFLE4(c, d, 2, 3, 6, 7);
+        v4 s = ULTRA_SHUFFLE4(ab, cd, 0, 2, 4, 6) + ULTRA_SHUFFLE4(ab, cd, 1, 3, 5, 7);
+        memcpy(out + j, &s, sizeof s);
+    }
+    for (; j < count; ++j) {
+        v4 a = fold(vectors + j * kLanes);
+        out[j] = (a[0] + a[2]) + (a[1] + a[3]);
+    }
+}
+
+// What one vector of channels brings to the reverse pass over a segment, one row per step.
+struct Steps {
+    int64_t rows;
+    const float *dt, *dtu;
+    const float* dresult;     // adjoint of C . h
+    const float *B, *C;
+    int64_t B_step, C_step;
+    float *from_decay, *from_input;  // sums over states of (rate a h dh) and (B dh)
+    float* result;            // C . h, or null where nobody needs it
+    float *dB, *dC;           // [step][n][lane], added to
+    int64_t stride;           // of dB and dC: N * kLanes
+};
+
+// Recomputes the states of a segment from the one at its start, then runs the adjoints back through it.
+// dstate: adjoint of the state after the segment, on return of the one before it. dA is added to.
+template <int states, bool with_result>
+static inline void reverse(const Steps& s, const float* rates, const float* start, float* dstate, float* dA,
+                           float* decays, float* history) {
+    vf rate[states], h[states];
+    for (int k = 0; k < states; ++k) {
+        rate[k] = load(rates + k * kLanes);
+        h[k] = load(start + k * kLanes);
+        store(history + k * kLanes, h[k]);
+    }
+    for (int64_t i = 0; i < s.rows; ++i) {
+        const float* B = s.B + i * s.B_step;
+        const float* C = s.C + i * s.C_step;
+        vf step = load(s.dt + i * kLanes), input = load(s.dtu + i * kLanes);
+        vf sum = with_result ? load(s.result + i * kLanes) : splat(0.0f);
+        for (int k = 0; k < states; ++k) {
+            vf a = exp2(step * rate[k]);
+            h[k] = a * h[k] + input * B[k];
+            store(decays + (i * states + k) * kLanes, a);
+            store(history + ((i + 1) * states + k) * kLanes, h[k]);
+            if (with_result) sum += h[k] * C[k];
+        }
+        if (with_result) store(s.result + i * kLanes, sum);
+    }
+    vf g[states], da[states];
+    for (int k = 0; k < states; ++k) {
+        g[k] = load(dstate + k * kLanes);
+        da[k] = load(dA + k * kLanes);
+    }
+    for (int64_t i = s.rows - 1; i >= 0; --i) {
+        const float* B = s.B + i * s.B_step;
+        const float* C = s.C + i * s.C_step;
+        float* dB = s.dB + i * s.stride;
+        float* dC = s.dC + i * s.stride;
+        vf step = load(s.dt + i * kLanes), input = load(s.dtu + i * kLanes), dy = load(s.dresult + i * kLanes);
+        vf from_decay = load(s.from_decay + i * kLanes), from_input = load(s.from_input + i * kLanes);
+        for (int k = 0; k < states; ++k) {
+            vf before = load(history + (i * states + k) * kLanes);
+            vf dh = g[k] + dy * C[k];
+            store(dC + k * kLanes, load(dC + k * kLanes) + dy * h[k]);
+            store(dB + k * kLanes, load(dB + k * kLanes) + dh * input);
+            g[k] = dh * load(decays + (i * states + k) * kLanes);
+            vf w = g[k] * before;
+            da[k] += step * w;
+            from_decay += rate[k] * w;
+            from_input += dh * B[k];
+            h[k] = before;
+        }
+        store(s.from_decay + i * kLanes, from_decay);
+        store(s.from_input + i * kLanes, from_input);
+    }
+    for (int k = 0; k < states; ++k) {
+        store(dstate + k * kLanes, g[k]);
+        store(dA + k * kLanes, da[k]);
+    }
+}
+
+template <int states>
+static inline void reverse(Steps s, int64_t n, const float* rates, const float* start, float* dstate, float* dA,
+                           float* decays, float* history) {
+    const int64_t at = n * kLanes;
+    s.B += n;
+    s.C += n;
+    s.dB += at;
+    s.dC += at;
+    if (s.result) reverse<states, true>(s, rates + at, start + at, dstate + at, dA + at, decays, history);
+    else reverse<states, false>(s, rates + at, start + at, dstate + at, dA + at, decays, history);
+}
+
+// target[i] = the sum of parts[j * n + i] over j, in order.
+static void sum_parts(float* target, const float* parts, int64_t n, int64_t count, int threads) {
+    constexpr int64_t chunk = 4096;
+    parallel_for((n + chunk - 1) / chunk, threads, [&](int64_t task) {
+        const int64_t begin = task * chunk, end = min_of(begin + chunk, n);
+        for (int64_t i = begin; i < end; ++i) target[i] = parts[i];
+        for (int64_t j = 1; j < count; ++j)
+            for (int64_t i = begin; i < end; ++i) target[i] += parts[j * n + i];
+    });
+}
+
+int64_t scan_backward_scratch(const ScanProblem& p) {
+    return 9 * kTile + (2 * kTile + kLanes) * kBackwardStates + p.states * kLanes +
+           (1 + 2 * p.directions) * kScanBlock * p.states + (1 + p.directions) * kScanBlock +
+           2 * kScanSegment * p.states * kLanes + (p.directions == 2 ? 2 * longest(p) * kScanBlock : 0);
+}
+
+void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch, int threads) {
+    const int64_t N = p.states, parts = scan_blocks(p.channels, p.groups), tasks = p.batch * p.groups * parts;
+    const int64_t per_thread = scan_backward_scratch(p);
+    const int64_t rows_size = p.directions * p.batch * p.groups * p.length * N;  // of dB and dC
+    parallel_for(tasks, threads, [&](int64_t task) {
+        const Block block(p, task);
+        float* next = scratch + thread_index() * per_thread;
+        auto take = [&](int64_t n) { float* at = next; next += n; return at; };
+        float *u = take(kTile), *dt = take(kTile), *dtu = take(kTile), *slope = take(kTile), *dy = take(kTile);
+        float *dout = take(kTile), *y = take(kTile), *from_decay = take(kTile), *from_input = take(kTile);
+        float *decays = take(kTile * kBackwardStates), *history = take((kTile + kLanes) * kBackwardStates);
+        float* start = take(N * kLanes);
+        float* dstate = take(kScanBlock * N);
+        float* rates = take(p.directions * kScanBlock * N);
+        float* dA = take(p.directions * kScanBlock * N);  // like rates [dir][v][n][lane]
+        float *dD = take(kScanBlock), *dbias = take(p.directions * kScanBlock);
+        float *dB = take(kScanSegment * N * kLanes), *dC = take(kScanSegment * N * kLanes);
+        float* du_sum = next;  // [position in the sequence][v][lane], as y_sum: what direction 0 found
+        float* y_sum = du_sum + (p.directions == 2 ? longest(p) * kScanBlock : 0);
+
+        for (int64_t dir = 0; dir < p.directions; ++dir) load_rates(p, dir, block, rates + dir * kScanBlock * N);
+        fill(dA, p.directions * kScanBlock * N, 0.0f);
+        fill(dD, kScanBlock, 0.0f);
+        fill(dbias, p.directions * kScanBlock, 0.0f);
+
+        for_sequences(p, [&](int64_t index, const Sequence& s) {
+            for (int64_t dir = 0; dir < p.directions; ++dir) {
+                const View delta = of_direction(p.delta, dir, p.delta_direction);
+                const View ddelta = of_direction(g.ddelta, dir, g.ddelta_direction);
+                const bool final_pass = dir == p.directions - 1;
+                fill(dstate, kScanBlock * N, 0.0f);
+                if (g.dlast)
+                    for (int64_t d = block.first; d < block.last; ++d) {
+                        int64_t v = (d - block.first) / kLanes, lane = (d - block.first) % kLanes;
+                        const float* from = g.dlast + ((p.borders ? index : block.b) * p.channels + d) * N;
+                        for (int64_t n = 0; n < N; ++n) dstate[(v * N + n) * kLanes + lane] = from[n];
+                    }
+                for (int64_t k = (s.length - 1 + kScanSegment) / kScanSegment - 1; k >= 0; --k) {
+                    const Segment seg(s, k, p.reverse || dir == 1);
+                    const int64_t steps = seg.rows * kLanes;
+                    const bool more = seg.begin + seg.rows < s.length;  // the sequence goes on after this segment
+                    Steps pass{};
+                    pass.rows = seg.rows;
+                    pass.dt = dt;
+                    pass.dtu = dtu;
+                    pass.dresult = dy + (p.shift ? kLanes : 0);
+                    pass.B = row(p.B, dir, block, seg.t);
+                    pass.C = row(p.C, dir, block, seg.t);
+                    pass.B_step = seg.step * p.B.time;
+                    pass.C_step = seg.step * p.C.time;
+                    pass.from_decay = from_decay;
+                    pass.from_input = from_input;
+                    pass.result = p.z.data ? y + (p.shift ? kLanes : 0) : nullptr;
+                    pass.dB = dB;
+                    pass.dC = dC;
+                    pass.stride = N * kLanes;
+                    fill(dB, seg.rows * N * kLanes, 0.0f);
+                    fill(dC, seg.rows * N * kLanes, 0.0f);
+
+                    for (int64_t v = 0; v < block.vectors(); ++v) {
+                        const int64_t d = block.first + v * kLanes, lanes = block.lanes(v);
+                        load_tile(u, kLanes, p.u, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        load_tile(dt, kLanes, delta, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        make_steps(p, dir, d, lanes, seg.rows, dt, slope);
+                        for (int64_t i = 0; i < steps; i += kLanes) store(dtu + i, load(dt + i) * load(u + i));
+                        // one step more than the segment has: with shift its last result shows in the next one's output
+                        const int64_t ahead = seg.rows + (more && p.shift);
+                        store(dy + steps, splat(0.0f));
+                        load_tile(dout, kLanes, g.dy, block.b, d, seg.t, seg.step, lanes, ahead);
+                        if (p.z.data) {
+                            load_tile(y, kLanes, p.z, block.b, d, seg.t, seg.step, lanes, ahead);
+                            for (int64_t i = 0; i < ahead * kLanes; i += kLanes) {
+                                vf z = load(y + i);
+                                store(dy + i, load(dout + i) * z * sigmoid(z));
+                            }
+                        } else {
+                            for (int64_t i = 0; i < ahead * kLanes; i += kLanes) store(dy + i, load(dout + i));
+                        }
+                        for (int64_t n = 0; n < N; ++n)
+                            store(start + n * kLanes,
+                                  load_lanes(saved(p, dir, block.b, s.slot + k, n, d), lanes));
+                        if (pass.result) {
+                            fill(y, steps + kLanes, 0.0f);
+                            if (p.shift && k > 0) {  // the result of the step before the segment
+                                const float* C = pass.C - pass.C_step;
+                                vf before = splat(0.0f);
+                                for (int64_t n = 0; n < N; ++n) before += load(start + n * kLanes) * C[n];
+                                store(y, before);
+                            }
+                        }
+                        fill(from_decay, steps, 0.0f);
+                        fill(from_input, steps, 0.0f);
+
+                        float* to = dstate + v * N * kLanes;
+                        const int64_t at_rates = (dir * kVectors + v) * N * kLanes;
+                        int64_t n = 0;
+                        for (; n + kBackwardStates <= N; n += kBackwardStates)
+                            reverse<kBackwardStates>(pass, n, rates + at_rates, start, to, dA + at_rates, decays, history);
+                        for (; n < N; ++n)
+                            reverse<1>(pass, n, rates + at_rates, start, to, dA + at_rates, decays, history);
+
+                        float* du_at = du_sum + ((seg.t - s.begin) * kVectors + v) * kLanes;
+                        float* y_at = y_sum + ((seg.t - s.begin) * kVectors + v) * kLanes;
+                        const int64_t at_step = seg.step * kScanBlock;
+                        const vf skip = p.D ? load_lanes(p.D + d, lanes) : splat(0.0f);
+                        vf bias_sum = splat(0.0f), skip_sum = splat(0.0f);
+                        for (int64_t i = 0; i < seg.rows; ++i) {
+                            const int64_t at = i * kLanes;
+                            vf input = load(u + at), inner = load(from_input + at);
+                            vf dd = (kLn2 * load(from_decay + at) + input * inner) * load(slope + at);
+                            bias_sum += dd;
+                            store(slope + at, dd);
+                            vf du = load(dt + at) * inner;
+                            if (!final_pass) {
+                                store(du_at + i * at_step, du);
+                                if (pass.result) store(y_at + i * at_step, load(y + at));
+                                continue;
+                            }
+                            vf dv = load(dy + at);
+                            skip_sum += dv * input;
+                            du += skip * dv;
+                            if (p.directions == 2) du += load(du_at + i * at_step);
+                            store(from_input + at, du);
+                            if (pass.result) {
+                                vf total = load(y + at) + skip * input;
+                                if (p.directions == 2) total += load(y_at + i * at_step);
+                                store(y + at, total);
+                            }
+                        }
+                        float* bias_to = dbias + (dir * kVectors + v) * kLanes;
+                        store(bias_to, load(bias_to) + bias_sum);
+                        store_tile(slope, kLanes, ddelta, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        if (!final_pass) continue;
+                        store(dD + v * kLanes, load(dD + v * kLanes) + skip_sum);
+                        store_tile(from_input, kLanes, g.du, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        if (p.z.data) {
+                            load_tile(dt, kLanes, p.z, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                            for (int64_t i = 0; i < steps; i += kLanes) {
+                                vf z = load(dt + i), sig = sigmoid(z);
+                                store(dt + i, load(dout + i) * load(y + i) * sig * (1.0f + z * (1.0f - sig)));
+                            }
+                            store_tile(dt, kLanes, g.dz, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        }
+                    }
+                    const int64_t base = block.part * rows_size +
+                                         ((dir * p.batch + block.b) * p.groups + block.group) * p.length * N;
+                    for (int64_t i = 0; i < seg.rows; ++i) {
+                        const int64_t to = base + (seg.t + i * seg.step) * N;
+                        sum_lanes(dB + i * N * kLanes, N, g.dB_parts + to);
+                        sum_lanes(dC + i * N * kLanes, N, g.dC_parts + to);
+                    }
+                }
+            }
+        });
+        for (int64_t d = block.first; d < block.last; ++d) {
+            const int64_t v = (d - block.first) / kLanes, lane = (d - block.first) % kLanes;
+            g.dD[block.b * p.channels + d] = dD[v * kLanes + lane];
+            for (int64_t dir = 0; dir < p.directions; ++dir) {
+                const int64_t to = (block.b * p.directions + dir) * p.channels + d;
+                g.dbias[to] = dbias[(dir * kVectors + v) * kLanes + lane];
+                for (int64_t n = 0; n < N; ++n)
+                    g.dA[to * N + n] = dA[((dir * kVectors + v) * N + n) * kLanes + lane];
+            }
+        }
+    });
+    sum_parts(g.dB, g.dB_parts, rows_size, parts, threads);
+    sum_parts(g.dC, g.dC_parts, rows_size, parts, threads);
+}
+
+}  // namespace ULTRA_ISA
+}  // namespace ultra
