@@ -1,7 +1,7 @@
 """Packed rows [1,T,...] with cu_seqlens to dense blocks [S,L,...] and back, for references that compute densely.
 
 Sequences of one length become a view. Others are sorted into groups of similar length, each padded with zeros to its
-longest member, so that quadratic work follows the sum of squared lengths and not S·max². Empty sequences are in no group.
+longest member, so that quadratic work follows the sum of squared lengths and not S·max². Empty ones are in no group.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# A sequence joins a group only if it is at least this share of the group's longest. Measured on 2048 tokens in 35 ragged
-# sequences: fewer groups cost padding, more groups cost 0.3 ms of small kernels each.
+# A sequence joins a group only if it is at least this share of the group's longest: at 0.6 padding at most triples the
+# quadratic work, and lengths from 1 to 512 make at most 13 groups.
 _SHARE = 0.6
 
 
@@ -35,7 +35,10 @@ class Group:
 
 
 class Packing:
-    """The groups of one cu_seqlens, and the moves between packed rows and their blocks. Reads cu_seqlens on the host."""
+    """The groups of one cu_seqlens, and the moves between packed rows and their blocks. Reads cu_seqlens on the host.
+
+    Raises ValueError when cu_seqlens does not ascend from 0 to `total`, the number of rows.
+    """
 
     def __init__(self, cu_seqlens: torch.Tensor, total: int) -> None:
         bounds = cu_seqlens.detach().cpu().numpy().astype(np.int64)
@@ -127,7 +130,7 @@ class _Unpad(torch.autograd.Function):
 
 @torch.compiler.disable(recursive=True)  # the groups depend on data: a compiled caller breaks its graph here
 def by_sequence(dense: Callable[..., torch.Tensor], cu_seqlens: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-    """dense(group, *blocks [S,L,...]) -> [S,L,...] applied to the groups of packed rows [1,T,...]; returns [1,T,...]."""
+    """Packed rows [1,T,...] through dense(group, *blocks [S,L,...]) -> [S,L,...], group by group, to rows [1,T,...]."""
     packing = Packing(cu_seqlens, rows[0].shape[1])
     if not packing.groups:  # no rows at all; the call keeps the shapes and the autograd graph
         none = Group(torch.zeros(0, dtype=torch.int64, device=cu_seqlens.device), 0, 0, None)

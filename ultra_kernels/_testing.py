@@ -25,8 +25,8 @@ class Case:
     reduction: the longest sum behind any output or gradient element; tolerances grow with its square root.
     scales: for gradients that are one number, a sum of signed terms that may cancel: the sum's root mean square.
         Errors are measured against at least this, since the value says nothing of the size of the terms.
-    through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded to
-        the dtype under test, such as operands of a half-precision matrix product.
+    through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded
+        to the dtype under test, such as operands of a half-precision matrix product.
     elements: input and output elements that must cross memory once (bytes = elements × item size).
     """
 
@@ -139,5 +139,6 @@ def compare(
         error = (value.cpu().double() - want).abs()
         limit = tolerance(want, rounded.get(name, value.dtype), reduction, scales.get(name, 0.0))
         if value.numel() and not float(error.max()) <= limit:
-            wrong.append(f"{name}: error {float(error.max()):.3g} > {limit:.3g} (values up to {float(want.abs().max()):.3g})")
+            largest = float(want.abs().max())
+            wrong.append(f"{name}: error {float(error.max()):.3g} > {limit:.3g} (values up to {largest:.3g})")
     return wrong

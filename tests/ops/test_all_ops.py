@@ -48,7 +48,8 @@ def check(name: str, backend: str, case: Case, dtype: torch.dtype, device: str) 
     require(name, backend, device, dtype)
     inputs = case.inputs(dtype, device)
     expected = run(function(name), widened(inputs), "reference", dtype)
-    wrong = compare(run(function(name), inputs, backend, dtype), expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype))
+    got = run(function(name), inputs, backend, dtype)
+    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype))
     assert not wrong, f"{name} [{backend}, {case.name}, {dtype}]:\n" + "\n".join(wrong)
 
 

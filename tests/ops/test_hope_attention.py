@@ -23,7 +23,7 @@ def inputs(B: int = 2, T: int = 9, H: int = 2, K: int = 6):
 
 def literal(q, k, v, base=10000.0, damping=0.01, mode="per_pair", causal=False, scale=None):
     """cosh and sinh as in the paper: fine in float64 at short lengths only."""
-    B, T, H, K = q.shape
+    T, K = q.shape[1], q.shape[3]
     theta = base ** (-torch.arange(0, K, 2, dtype=F64) / K)
     rate = theta + damping if mode == "per_pair" else theta.max() + damping
     d = (torch.arange(T)[:, None] - torch.arange(T)).to(F64)[..., None]

@@ -17,6 +17,8 @@ def inputs(T=23, D=7, V=19, dtype=torch.float64, seed=0, labelled=0.4):
     bias = torch.randn(V, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     labels = torch.randint(0, V, (T,), generator=g)
     labels[torch.rand(T, generator=g) >= labelled] = -100
+    if labelled and T > 1:
+        labels[0], labels[1] = 0, V - 1  # the first and the last class
     return hidden, weight, labels, bias
 
 

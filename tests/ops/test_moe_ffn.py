@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -37,11 +39,11 @@ def inputs(T=23, D=6, F=5, E=4, gated=False, dtype=torch.float64, seed=0):
 
 def loop(
     x, router_logits, w_in, w_out, b_in=None, b_out=None, *, top_k, activation="silu", gated=False,
-    normalize_gates=None, select_bias=None, sub_norm=None, bitnet=False,
+    normalize_gates=None, select_bias=None, sub_norm=None, bitnet=False, bitnet_scale="mean",
 ):  # fmt: skip
     """One token and one expert at a time, straight from the equations."""
     F = w_out.shape[-1]
-    linear = bitlinear if bitnet else functional.linear
+    linear = functools.partial(bitlinear, scale=bitnet_scale) if bitnet else functional.linear
     probs = router_logits.softmax(-1)
     rows, counts = [], [0] * w_in.shape[0]
     for t in range(x.shape[0]):
@@ -89,13 +91,13 @@ def test_equals_the_loop(top_k, activation, gated, normalize_gates):
     compare(inputs(gated=gated), top_k=top_k, activation=activation, gated=gated, normalize_gates=normalize_gates)
 
 
-@pytest.mark.parametrize("bitnet", [False, True])
-def test_equals_the_loop_with_sub_norm_and_selection_bias(bitnet):
+@pytest.mark.parametrize("options", [{}, {"bitnet": True}, {"bitnet": True, "bitnet_scale": "median"}])
+def test_equals_the_loop_with_sub_norm_and_selection_bias(options):
     arguments = inputs()
     del arguments["b_in"], arguments["b_out"]
     sub_norm = torch.linspace(0.5, 2, 5, dtype=torch.float64).requires_grad_()
     bias = torch.tensor([0.0, 0.6, -0.3, 0.1], dtype=torch.float64)
-    compare(arguments, top_k=2, sub_norm=sub_norm, select_bias=bias, bitnet=bitnet)
+    compare(arguments, top_k=2, sub_norm=sub_norm, select_bias=bias, **options)
 
 
 def test_selection_bias_selects_and_does_not_weigh():
@@ -186,7 +188,7 @@ def test_gradcheck_away_from_routing_borders():
 @pytest.mark.parametrize("sub_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bitnet_experts_are_bitlinear_layers(gated, sub_norm, dtype):
-    """With all tokens in one expert the op is two BitLinear layers to the last bit, so every rounding decision agrees."""
+    """With all tokens in one expert the op is two BitLinear layers to the last bit: all rounding decisions agree."""
     a = inputs(E=1, gated=gated, dtype=dtype)
     norm = torch.linspace(0.5, 2, 5) if sub_norm else None
     y, _ = moe_ffn(**a, top_k=1, activation="relu2", gated=gated, bitnet=True, sub_norm=norm)

@@ -56,7 +56,7 @@ class MoEFFN(Component):
         super().__init__()
         D, E, F = cfg.hidden_size, cfg.num_experts, inner_width(cfg)
         self.top_k, self.activation, self.gated = cfg.top_k_experts, cfg.ffn_activation, cfg.ffn_gated
-        self.normalize_gates, self.bitnet = cfg.norm_topk, cfg.use_bitnet
+        self.normalize_gates, self.bitnet, self.bitnet_scale = cfg.norm_topk, cfg.use_bitnet, cfg.bitnet_scale
         self.router = nn.Linear(D, E, bias=False)
         self.w_in = nn.Parameter(torch.empty(E, 2 * F if self.gated else F, D))
         self.w_out = nn.Parameter(torch.empty(E, D, F))
@@ -78,6 +78,7 @@ class MoEFFN(Component):
             rows, logits, self.w_in, self.w_out, top_k=self.top_k, activation=self.activation, gated=self.gated,
             normalize_gates=self.normalize_gates, select_bias=self.select_bias,
             sub_norm=None if self.sub_norm is None else self.sub_norm.weight, bitnet=self.bitnet,
+            bitnet_scale=self.bitnet_scale,
         )  # fmt: skip
         return y.view(x.shape), stats
 

@@ -30,16 +30,16 @@ def hope_attention(
     cu_seqlens: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """o_m = Σ_n softmax_n(s_mn) v_n with s_mn = scale · Σ_i e^(-|d| θ'_i) q_i^T [[cosh dθ_i, sinh dθ_i], [sinh, cosh]] k_i.
+    """o_m = Σ_n softmax_n(s_mn) v_n, s_mn = scale · Σ_i e^(-|d| θ'_i) q_i^T [[cosh dθ_i, sinh dθ_i], [sinh, cosh]] k_i.
 
-    Here d = m - n, (q_i, k_i) are the interleaved pairs (x_2i, x_2i+1), θ_i = base^(-2i/K), and θ'_i = θ_i + damping (mode
-    "per_pair") or max θ + damping ("global"), so every term decays with distance. It is computed as decaying exponentials
-    alone and is finite at any length. For damping >= 0; a number, or a 0-d tensor, which gets a gradient.
+    Here d = m - n, q_i and k_i are the interleaved pairs (x_2i, x_2i+1), θ_i = base^(-2i/K), and θ'_i = θ_i + damping
+    (mode "per_pair") or max θ + damping ("global"), so every term decays with distance. It is computed as decaying
+    exponentials alone and is finite at any length. damping >= 0: a number, or a 0-d tensor, which gets a gradient.
 
-    q, k `[B,T,H,K]`, K even, v `[B,T,H,V]`; scale None = K^-0.5. The first `rotary_heads` heads use rotary positions with
-    `rotary_theta` instead. prefix_k `[P,H,K]`, prefix_v `[P,H,V]`: keys and values that every sequence sees at every row,
-    with no positional factor. causal: n <= m. With cu_seqlens int32 `[num_seqs + 1]`, B is 1 and the sequences lie end to
-    end along T. The output has q's dtype.
+    q, k `[B,T,H,K]`, K even, v `[B,T,H,V]`; scale None = K^-0.5. The first `rotary_heads` heads use rotary positions
+    with `rotary_theta` instead. prefix_k `[P,H,K]`, prefix_v `[P,H,V]`: keys and values that every sequence sees at
+    every row, with no positional factor. causal: n <= m. With cu_seqlens int32 `[num_seqs + 1]`, B is 1 and the
+    sequences lie end to end along T. The output has q's dtype.
     Raises ValueError, BackendUnavailable. After Dai et al. 2025 (arXiv:2509.05218), light-cone form.
     """
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:

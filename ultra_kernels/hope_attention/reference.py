@@ -1,10 +1,10 @@
 """Attention with hyperbolic positions in PyTorch; the contract is in op.py.
 
 Logits are exact and need no tensor larger than the [T,T] scores. In light-cone coordinates every channel c of
-q_m·k_n carries e^(-r_c |m-n|). Above and below the diagonal the range of positions is halved again and again: queries
-right of the middle and keys left of it meet at the middle, e^(-r(m-n)) = e^(-r(m-mid)) e^(-r(mid-n)), so each off-diagonal
-block is one product of two operands that only shrank. What remains are diagonal tiles of at most 32 positions, where the same
-split around the tile's centre stays within e^(±32).
+q_m·k_n carries e^(-r_c |m-n|). The range of positions is halved again and again: queries right of the middle and keys
+left of it meet at the middle, e^(-r(m-n)) = e^(-r(m-mid)) e^(-r(mid-n)), so each off-diagonal block is one product of
+two operands that only shrank. What remains are diagonal tiles of at most 32 positions, where the same split around the
+tile's centre stays within e^(±32).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _attend(
     prefix_k: torch.Tensor | None = None,
     prefix_v: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(logits [S,H,L,L]) v [S,H,L,V], joined by prefix keys for the scaled q [S,L,H,K] that knows no position."""
+    """softmax(logits [S,H,L,L]) v [S,H,L,V], joined by prefix keys for scaled q [S,L,H,K] without positions."""
     if q is None or prefix_k is None or prefix_v is None:
         return logits.softmax(-1) @ v
     P = prefix_k.shape[0]
@@ -140,7 +140,7 @@ def _diagonal(x: torch.Tensor, first: int, n: int, c: int) -> torch.Tensor:
 
 
 class _Factors:
-    """The scalings of query and key rows before their products, by side: key on the left of the query (True) or right."""
+    """The scalings of query and key rows before their products; left: of keys on the left of their queries."""
 
     def __init__(self, T: int, K: int, base: float, mode: str, damping: torch.Tensor, dtype: torch.dtype) -> None:
         exact = torch.float32 if damping.device.type == "mps" else torch.float64

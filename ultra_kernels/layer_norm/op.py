@@ -14,14 +14,26 @@ OP = Op("layer_norm", __package__, {"cuda": ("reference",), "cpu": ("reference",
 
 @overload
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, *, residual: None = None, backend: str | None = None,
-) -> torch.Tensor: ...  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: None = None,
+    backend: str | None = None,
+) -> torch.Tensor: ...
 
 
 @overload
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, *, residual: torch.Tensor, backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def layer_norm(

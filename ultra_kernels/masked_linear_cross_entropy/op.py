@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 
 from .._dispatch import Op, autocast, define_differentiable
-from . import reference
 
 OP = Op("masked_linear_cross_entropy", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
 
@@ -25,12 +24,13 @@ def masked_linear_cross_entropy(
 ) -> torch.Tensor:
     """loss = Σ_i logsumexp(l_i) − l_i[labels_i] + z_loss · logsumexp(l_i)², l_i = weight · hidden_i + bias.
 
-    The sum runs over the M rows whose label is not `ignore_index`; only they are multiplied. "mean" divides by M. Without a
-    labelled row the loss is 0 and so are its gradients. The gradients are computed with the loss, block by block of
-    rows: memory holds one block of logits and float32 gradients, never `[M, V]`.
+    The sum runs over the M rows whose label is not `ignore_index`; only they are multiplied. "mean" divides by M.
+    Without a labelled row the loss is 0 and so are its gradients. The gradients are computed with the loss, block by
+    block of rows: memory holds one block of logits and float32 gradients, never `[M, V]`.
 
-    hidden `[..., D]`, weight `[V, D]`, labels int64 `[...]`, bias `[V]`; returns a float32 scalar. Raises ValueError on a shape
-    mismatch, an unknown reduction, or (on the CPU; CUDA asserts on the device) a label outside 0..V−1; BackendUnavailable.
+    hidden `[..., D]`, weight `[V, D]`, labels int64 `[...]`, bias `[V]`; returns a float32 scalar. Raises ValueError on
+    a shape mismatch, an unknown reduction, or (on the CPU; CUDA asserts on the device) a label outside 0..V−1;
+    BackendUnavailable.
     Blockwise after Hsu et al. 2024 (arXiv:2410.10989); z-loss after Chowdhery et al. 2022 (arXiv:2204.02311).
     """
     D, V = hidden.shape[-1], weight.shape[0]
@@ -47,9 +47,7 @@ def masked_linear_cross_entropy(
     if bias is not None and bias.shape != (V,):
         raise ValueError(f"masked_linear_cross_entropy: bias has shape {tuple(bias.shape)}; it must be ({V},)")
     if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"masked_linear_cross_entropy: reduction {reduction!r} is unknown; it must be 'mean' or 'sum'"
-        )
+        raise ValueError(f"masked_linear_cross_entropy: reduction {reduction!r} is unknown; it must be 'mean' or 'sum'")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= V))
         if bool(wrong.any()):
@@ -61,9 +59,17 @@ def masked_linear_cross_entropy(
     hidden, weight = autocast(hidden, weight)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     outputs = _forward(
-        hidden.reshape(-1, D), weight, labels.reshape(-1), bias, ignore_index, z_loss, reduction == "mean", grads, chosen
+        hidden.reshape(-1, D),
+        weight,
+        labels.reshape(-1),
+        bias,
+        ignore_index,
+        z_loss,
+        reduction == "mean",
+        grads,
+        chosen,
     )
-    return outputs[0]  # type: ignore[no-any-return]
+    return outputs[0]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -19,12 +19,12 @@ def masked_linear_cross_entropy(
     mean: bool,
     grads: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """(loss, dhidden, dweight, dbias, scale): loss = scale · sum, the gradients are those of the sum, empty without `grads`.
+    """(loss, dhidden, dweight, dbias, scale): loss = scale · sum; the gradients are the sum's, empty without `grads`.
 
     Each block of rows is multiplied, turned in place from logits into softmax and then into the gradient of the
     logits, and multiplied into the gradients: logits exist once, for one block. Sums are kept in float32.
     """
-    (T, D), V = hidden.shape, weight.shape[0]
+    V, D = weight.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     targets = labels[rows]

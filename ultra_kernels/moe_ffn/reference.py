@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 from .._dispatch import define_differentiable
 from ..bitlinear.reference import fake_quantize_tokens, fake_quantize_weight, rms_norm
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,  # the erf form
     "relu": functional.relu,
@@ -122,10 +123,10 @@ def moe_ffn(
     normalize_gates: bool,
     select_bias: torch.Tensor | None,
     sub_norm: torch.Tensor | None,
-    bitnet: bool,
+    bitnet_scale: str | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, MoEStats]:
-    """`dtype` is that of the matrix products and of y."""
+    """`dtype` is that of the matrix products and of y; bitnet_scale None: experts in full precision."""
     T, E = router_logits.shape
     wide = torch.promote_types(router_logits.dtype, torch.float32)
     logits = router_logits.to(wide)
@@ -141,9 +142,9 @@ def moe_ffn(
     inverse = torch.empty_like(order).scatter_(0, order, slots)
 
     def expert_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if bitnet:
+        if bitnet_scale is not None:
             # One scale per expert: the weights are quantised matrix by matrix.
-            weight = torch.stack([fake_quantize_weight(w, "mean", dtype) for w in weight.unbind(0)])
+            weight = torch.stack([fake_quantize_weight(w, bitnet_scale, dtype) for w in weight.unbind(0)])
             rows = fake_quantize_tokens(rows, dtype)
         return _grouped_linear(rows.to(dtype), weight.to(dtype), bias, ends)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from .._testing import Case, Inputs
@@ -50,7 +52,7 @@ def _case(
             }
         return inputs
 
-    lengths = [T] * B if cu is None else [b - a for a, b in zip(cu, cu[1:], strict=False)]
+    lengths = [T] * B if cu is None else [b - a for a, b in pairwise(cu)]
     CASES["retention"].append(
         Case(
             name=name,

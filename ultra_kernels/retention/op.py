@@ -66,10 +66,10 @@ def retention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o_n = scale · Σ_m gamma_h^|n-m| (q_n·k_m) v_m over m <= n (forward), m >= n (backward) or all m (bidirectional).
 
-    q, k `[B,T,H,K]`, v `[B,T,H,V]`; log_decay `[H]` = ln gamma <= 0, without gradient; scale None = K^-0.5, a number, or a
-    tensor `[H]`. With cu_seqlens int32 `[num_seqs + 1]`, B is 1 and the sequences lie end to end along T.
-    Forward only: initial_state `[num_seqs,H,K,V]` is S_0 in S_n = gamma S_{n-1} + k_n v_n^T, o_n = scale · q_n^T S_n, and
-    output_final_state returns (o, S_T), float32 or wider. o has q's dtype. chunk_size asks for
+    q, k `[B,T,H,K]`, v `[B,T,H,V]`; log_decay `[H]` = ln gamma <= 0, without gradient; scale None = K^-0.5, a number,
+    or a tensor `[H]`. With cu_seqlens int32 `[num_seqs + 1]`, B is 1 and the sequences lie end to end along T.
+    Forward only: initial_state `[num_seqs,H,K,V]` is S_0 in S_n = gamma S_{n-1} + k_n v_n^T, o_n = scale · q_n^T S_n,
+    and output_final_state returns (o, S_T), float32 or wider. o has q's dtype. chunk_size asks for
     the chunkwise form with chunks of that length, None chooses by cost; the result differs in rounding alone.
     Raises ValueError, BackendUnavailable. After Sun et al. 2023 (arXiv:2307.08621).
     """
@@ -110,8 +110,8 @@ def retention_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of forward retention: S' = gamma_h S + k v^T, o = scale · q^T S'; returns (o, S').
 
-    q, k `[B,H,K]`, v `[B,H,V]`, log_decay `[H]` (no gradient), state `[B,H,K,V]`; scale as in `retention`. o has q's dtype,
-    S' is float32 or wider. Raises ValueError, BackendUnavailable. After Sun et al. 2023 (arXiv:2307.08621).
+    q, k `[B,H,K]`, v `[B,H,V]`, log_decay `[H]` (no gradient), state `[B,H,K,V]`; scale as in `retention`. o has q's
+    dtype, S' is float32 or wider. Raises ValueError, BackendUnavailable. After Sun et al. 2023 (arXiv:2307.08621).
     """
     if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
         raise ValueError(

@@ -94,14 +94,14 @@ def _power(g: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk_length(L: int) -> int:
-    # Longer chunks for very long sequences: the product that carries states between chunks is quadratic in their number.
+    # Longer chunks for very long sequences: the product that carries states between chunks is quadratic in their count.
     return L if L <= _PARALLEL_UP_TO else 64 if L <= 4096 else 256
 
 
 def _chunked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, direction: str, C: int
 ) -> torch.Tensor:
-    """q, k, v [S,H,L,...] -> [S,H,L,V]. Scores inside chunks of C; between chunks, states [K,V] that decay by gamma^C."""
+    """q, k, v [S,H,L,...] -> [S,H,L,V]: scores inside chunks of C, between them states [K,V] that decay by gamma^C."""
     L = q.shape[2]
     j = torch.arange(min(C, L), device=q.device)
     gap = j[:, None] - j  # query minus key
@@ -116,7 +116,7 @@ def _chunked(
     c = torch.arange(n, device=q.device)
     for side in ("forward", "backward"):
         if direction in (side, "bidirectional"):
-            # a key at j reaches the end (forward) or start (backward) of its chunk, whole chunks, then the query's place
+            # from a key to the end (start, if backward) of its chunk, over whole chunks, then to the query
             leave, enter, between = (
                 (C - 1 - j, j + 1, c[:, None] - c - 1) if side == "forward" else (j, C - j, c - c[:, None] - 1)
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from .._testing import Case, Inputs
@@ -37,7 +39,7 @@ def _case(
             inputs["cu_seqlens"] = torch.tensor(cu, dtype=torch.int32)
         return inputs
 
-    lengths = [T] * B if cu is None else [b - a for a, b in zip(cu, cu[1:], strict=False)]
+    lengths = [T] * B if cu is None else [b - a for a, b in pairwise(cu)]
     return Case(
         name=name,
         make=make,

@@ -27,9 +27,9 @@ def sigmoid_attention(
 
     q, k, v `[B,T,H,K]` (v may have another last dimension); scale None = K^-0.5; bias None: b = -ln n, n the length of
     the sequence (the whole length with causal too), else a number or a tensor `[H]`, which gets a gradient.
-    normalize=True has b = 0 and divides every row by the sum of its weights + 1e-6. With cu_seqlens int32 `[num_seqs + 1]`, B
-    is 1 and the sequences lie end to end along T. The output has q's dtype.
-    Raises ValueError (also on normalize with a bias), BackendUnavailable. After Ramapuram et al. 2024 (arXiv:2409.04431).
+    normalize=True has b = 0 and divides every row by the sum of its weights + 1e-6. With cu_seqlens int32
+    `[num_seqs + 1]`, B is 1 and the sequences lie end to end along T. The output has q's dtype.
+    Raises ValueError, also on normalize with a bias, BackendUnavailable. After Ramapuram et al. 2024 (arXiv:2409.04431)
     """
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(

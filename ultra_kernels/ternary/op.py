@@ -37,7 +37,8 @@ def quantize_ternary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, γ): codes = clip(round(weight / (γ + 1e-5)), −1, 1), γ = mean (or lower median) of |weight|.
 
-    weight `[N, K]`; codes int8 `[N, K]` in {−1, 0, 1}, γ float32 `[]`; half to even; no gradient. What `bitlinear` trains with.
+    weight `[N, K]`; codes int8 `[N, K]` in {−1, 0, 1}, γ float32 `[]`. Rounds half to even, as `bitlinear` does; no
+    gradient.
     Raises ValueError for another rank, an empty weight or an unknown scale. After Ma et al. 2024 (arXiv:2402.17764).
     """
     if weight.ndim != 2 or not weight.numel():
@@ -49,13 +50,16 @@ def quantize_ternary(
 
 
 def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
-    """codes int8 `[N, K]` in {−1, 0, 1} and scale (one element) at 2 bits a weight. Raises ValueError for other codes."""
+    """codes int8 `[N, K]` in {−1, 0, 1} and scale (one element) at 2 bits a weight.
+
+    Raises ValueError for another dtype or shape, or a code outside −1..1.
+    """
     if codes.ndim != 2 or codes.dtype != torch.int8:
         raise ValueError(f"pack_ternary: codes are {codes.dtype} {tuple(codes.shape)}; they must be int8 (N, K)")
     if scale.numel() != 1:
         raise ValueError(f"pack_ternary: scale has shape {tuple(scale.shape)}; it must have one element")
-    if codes.numel() and int(codes.abs().max()) > 1:
-        raise ValueError(f"pack_ternary: codes reach {int(codes.abs().max())}; they must be −1, 0 or 1")
+    if codes.numel() and bool((codes.short().abs() > 1).any()):  # abs of an int8 −128 is −128
+        raise ValueError(f"pack_ternary: codes reach {int(codes.short().abs().max())}; they must be −1, 0 or 1")
     return PackedTernary(reference.pack(codes), scale.detach().float().reshape(()), (codes.shape[0], codes.shape[1]))
 
 
@@ -80,10 +84,11 @@ def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | Non
 def ternary_linear(
     x: torch.Tensor, packed: PackedTernary, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """y = (round(x / s) · codesᵀ) · s · scale + bias, s = max(absmax(x), 1e-5) / 127 per token: `bitlinear` for inference.
+    """`bitlinear` for inference: y = (round(x / s) · codesᵀ) · s · scale + bias, s = max(absmax(x), 1e-5) / 127.
 
-    x `[..., K]`, packed `[N, K]`, bias `[N]`; returns `[..., N]` in x's dtype. The product is exact in int32, the scales are
-    float32. No gradient. Raises ValueError on a shape mismatch, BackendUnavailable. After Ma et al. 2024 (arXiv:2402.17764).
+    s is per token. x `[..., K]`, packed `[N, K]`, bias `[N]`; returns `[..., N]` in x's dtype. The product is exact in
+    int32, the scales are float32. No gradient. Raises ValueError on a shape mismatch, BackendUnavailable.
+    After Ma et al. 2024 (arXiv:2402.17764).
     """
     N, K = packed.shape
     if x.shape[-1] != K:
