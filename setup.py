@@ -81,7 +81,9 @@ class BuildFailed(Exception):
 
 def find_compiler() -> list[str]:
     """The C++ compiler as a command, proven by compiling an empty program; raises BuildFailed with the remedy."""
-    fix = "install g++ or clang++ (Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install), then install again"
+    fix = (
+        "install g++ or clang++ (Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install), then install again"
+    )
     if platform.system() == "Windows":
         raise BuildFailed("the C++ kernels are not built on Windows; every op runs its PyTorch reference", "use WSL")
     asked = os.environ.get("CXX")
@@ -154,9 +156,12 @@ setup(
     cmdclass={"build": FreshBuild, "build_ext": NativeBuild},
     ext_modules=[Extension("ultra_kernels._C", sources=[])],  # makes the wheel platform-specific; NativeBuild builds it
     packages=[
-        *sorted(".".join(p.parent.relative_to(ROOT).parts) for top in ("ultra", "ultra_kernels")
-                for p in (ROOT / top).rglob("__init__.py")),
+        *sorted(
+            ".".join(p.parent.relative_to(ROOT).parts)
+            for top in ("ultra", "ultra_kernels")
+            for p in (ROOT / top).rglob("__init__.py")
+        ),
         "ultra.presets",
-    ],  # fmt: skip
+    ],
     package_dir={"ultra.presets": "configs"},
 )

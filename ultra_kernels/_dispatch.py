@@ -2,7 +2,7 @@
 
 An op names its backends per device in order of preference. The order of choice is: the `backend=` argument,
 `use_backend(...)`, the environment variable ULTRA_BACKEND, then the first backend whose `why_not(...)` is None.
-A backend asked for by name that cannot run raises `BackendUnavailable`; an automatic fallback is logged once per reason.
+A backend asked for by name that cannot run raises `BackendUnavailable`; automatic fallback is logged once per reason.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Op:
     """
 
     def __init__(
-        self, name: str, package: str, order: Mapping[str, tuple[str, ...]], why_not: dict[str, Callable[..., str | None]]
+        self,
+        name: str,
+        package: str,
+        order: Mapping[str, tuple[str, ...]],
+        why_not: dict[str, Callable[..., str | None]],
     ) -> None:
         self.name, self.package, self.order, self._why_not = name, package, order, why_not
         self.names: tuple[str, ...] = tuple(dict.fromkeys(b for names in order.values() for b in names))

@@ -32,9 +32,7 @@ def test_the_documented_sample_keeps_every_value(write: Write, sample: str) -> N
     count = 0
     for section in ("model", "training"):
         for name, text in documented[section].items():
-            expected = (
-                float(text) if isinstance(text, str) and text[0].isdigit() else text
-            )  # YAML 1.1: '1e-6'
+            expected = float(text) if isinstance(text, str) and text[0].isdigit() else text  # YAML 1.1: '1e-6'
             assert got[section][name] == expected, name
             count += 1
     assert count == 24 + 58
@@ -155,13 +153,11 @@ def test_alternatives_left_in_the_sample_are_named(write: Write) -> None:
         ("model: [1]", "1:1: model: got [1] (a list); expected a map, such as `model: {hidden_size: 768}`"),
         (
             "",
-            "1:1: empty file; expected a map with model_class, model and training, "
-            "such as `training: {batch_size: 4}`",
+            "1:1: empty file; expected a map with model_class, model and training, such as `training: {batch_size: 4}`",
         ),
         (
             "# only this\n",
-            "1:1: empty file; expected a map with model_class, model and training, "
-            "such as `training: {batch_size: 4}`",
+            "1:1: empty file; expected a map with model_class, model and training, such as `training: {batch_size: 4}`",
         ),
         (
             "- model: {}",
@@ -192,10 +188,7 @@ def test_messages(write: Write, text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("mixer", "model", "field"),
     [
-        *[
-            (name, "num_heads: 5", "num_heads")
-            for name in ("ode", "titan_attn", "standard_attn", "sigmoid_attn")
-        ],
+        *[(name, "num_heads: 5", "num_heads") for name in ("ode", "titan_attn", "standard_attn", "sigmoid_attn")],
         ("titan_attn", "num_heads: 64", "num_heads"),  # HoPE needs pairs
         ("retnet", "retention_heads: 5", "retention_heads"),
         ("retnet", "retention_heads: 64", "retention_heads"),
@@ -302,8 +295,7 @@ def test_mini_factorises_and_says_so(write: Write, caplog: pytest.LogCaptureFixt
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors(str(tmp_path)) == [f"{tmp_path.name}: is a folder, not a YAML file"]
     assert errors("configs/frankenstien.yaml")[0].startswith(
-        "frankenstien.yaml: no such file or preset; did you mean the preset 'frankenstein'?; presets: "
-        "embbert, "
+        "frankenstien.yaml: no such file or preset; did you mean the preset 'frankenstein'?; presets: embbert, "
     )
     big = tmp_path / "big.yaml"
     big.write_bytes(b"#" * (1 << 20) + b"\n")
@@ -320,9 +312,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_to_yaml_round_trips(write: Write, sample: str) -> None:
     for source in ("mini", "frankenstein", write(sample)):
-        config = load_config(
-            source, ["training.cache_dir='1e-6'", "training.text_column=ü", "model.norm_eps=1e-12"]
-        )
+        config = load_config(source, ["training.cache_dir='1e-6'", "training.text_column=ü", "model.norm_eps=1e-12"])
         text = config.to_yaml()
         assert load_config(write(text)) == config
         assert list(yaml.safe_load(text)) == ["model_class", "model", "training"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_rk4_has_order_four() -> None:
 
     exact = solve(64)
     errors = [float((solve(n) - exact).detach().norm()) for n in (2, 4, 8)]
-    assert all(10 < a / b < 24 for a, b in zip(errors, errors[1:], strict=False)), errors  # 2^4 = 16
+    assert all(10 < a / b < 24 for a, b in itertools.pairwise(errors)), errors  # 2^4 = 16
 
 
 @pytest.mark.parametrize("solver", ["euler", "rk4"])
@@ -236,7 +237,9 @@ def test_one_loop_has_no_loop_parameters_and_two_start_as_a_repeated_stack() -> 
 
 def test_layerscale_starts_at_its_value() -> None:
     model = build_model(small(layerscale_init=1e-3))
-    assert all(float(m.gain.unique()) == pytest.approx(1e-3) for m in (model.layers[0].mixer_scale, model.layers[0].ffn_scale))
+    assert all(
+        float(m.gain.unique()) == pytest.approx(1e-3) for m in (model.layers[0].mixer_scale, model.layers[0].ffn_scale)
+    )
 
 
 # ---- initialisation, dropout ----------------------------------------------------------------------------------------
@@ -252,7 +255,9 @@ def test_initial_spread() -> None:
 def test_first_loss_is_near_the_uniform_one() -> None:
     for norm in ("layer_norm", "dynamic_tanh", "derf"):
         torch.manual_seed(0)
-        model = build_model(small(vocab_size=1000, hidden_size=64, norm_type=norm, layer_pattern=tuple(MIXERS), num_layers=6))
+        model = build_model(
+            small(vocab_size=1000, hidden_size=64, norm_type=norm, layer_pattern=tuple(MIXERS), num_layers=6)
+        )
         ids = torch.randint(5, 1000, (4, 32))
         loss = model(ids, None, torch.randint(5, 1000, (4, 32))).loss
         assert abs(float(loss) - 6.908) < 0.5  # ln 1000
@@ -290,7 +295,13 @@ def test_bias_balancing_moves_towards_the_idle_expert() -> None:
 
 
 def test_bitnet_quantises_the_blocks_maps_and_nothing_else() -> None:
-    cfg = dict(use_bitnet=True, layer_pattern=tuple(MIXERS), num_layers=6, use_factorized_embedding=True, factorized_embedding_dim=8)
+    cfg = dict(
+        use_bitnet=True,
+        layer_pattern=tuple(MIXERS),
+        num_layers=6,
+        use_factorized_embedding=True,
+        factorized_embedding_dim=8,
+    )
     model = build_model(small(**cfg))
     quantised = {n for n, m in model.named_modules() if isinstance(m, BitLinear)}
     plain = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

@@ -1,4 +1,4 @@
-"""What must hold for every mixer, norm and FFN: padding, packing and batch composition change nothing; gradients arrive."""
+"""What must hold for every mixer, norm and FFN: padding, packing and company change nothing; gradients arrive."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_padded_batch_is_each_sequence_alone(variant: str, left: bool) -> None:
     ids, mask = padded(left)
     hidden = model(ids, mask).last_hidden_state
     for row, s in enumerate(sequences()):
-        torch.testing.assert_close(hidden[row][mask[row] != 0], model(s[None]).last_hidden_state[0], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(
+            hidden[row][mask[row] != 0], model(s[None]).last_hidden_state[0], rtol=1e-9, atol=1e-10
+        )
     assert hidden[mask == 0].abs().max() == 0
 
 

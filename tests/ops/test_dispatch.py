@@ -22,7 +22,7 @@ def test_order_argument_then_context_then_environment(monkeypatch):
     x = inputs()[0]
     monkeypatch.setenv("ULTRA_BACKEND", "reference")
     assert OP.choose(None, x) == "reference"
-    with use_backend("triton"), pytest.raises(BackendUnavailable, match="TRITON_INTERPRET|not installed"):
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match=r"TRITON_INTERPRET|not installed"):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         OP.choose(None, x)
     with use_backend("triton"):
@@ -30,7 +30,7 @@ def test_order_argument_then_context_then_environment(monkeypatch):
 
 
 def test_unknown_names_are_errors(monkeypatch):
-    with pytest.raises(ValueError, match="'fast'.*known are cuda, triton"):
+    with pytest.raises(ValueError, match=r"'fast'.*known are cuda, triton"):
         dyt(*inputs(), backend="fast")
     monkeypatch.setenv("ULTRA_BACKEND", "fast")
     with pytest.raises(ValueError, match="fast"):

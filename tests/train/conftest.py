@@ -64,9 +64,7 @@ class TinyModel(nn.Module):
         self.select_bias += 1e-3 * torch.sign(counts.mean() - counts)
 
     def param_groups(self):
-        groups = {
-            name: [] for name in ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
-        }
+        groups = {name: [] for name in ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")}
         for name, param in self.named_parameters():
             group = name.split(".")[0]
             group = {"embedding": "embeddings", "norm": "norms", "left": "attention"}.get(group, "other")

@@ -128,13 +128,9 @@ def test_full_disk_is_an_oserror_and_gives_the_space_back(tmp_path: Path, monkey
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
-def test_damage_falls_back_to_the_previous_one_and_says_so(
-    tmp_path: Path, caplog, name: str, how: str
-) -> None:
+def test_damage_falls_back_to_the_previous_one_and_says_so(tmp_path: Path, caplog, name: str, how: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     data = bytearray((bad / name).read_bytes())
     if how == "flip":

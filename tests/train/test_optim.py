@@ -154,9 +154,7 @@ def test_state_of_another_optimizer_is_refused(tiny) -> None:
     optimizer.step(GOOD)
     low_rank = TrainingConfig(use_galore=True, galore_rank=4)
     with pytest.raises(UserError, match="use_galore"):
-        GroupedOptimizer(collect_groups(model, low_rank), low_rank).load_state_tensors(
-            optimizer.state_tensors()
-        )
+        GroupedOptimizer(collect_groups(model, low_rank), low_rank).load_state_tensors(optimizer.state_tensors())
     with pytest.raises(UserError, match=r"'gone'"):
         optimizer.load_state_tensors({"gone.step": torch.zeros(())})
 

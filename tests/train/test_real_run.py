@@ -16,10 +16,7 @@ from ultra.train.metrics import read_rows
 
 
 def config(folder: Path) -> RunConfig:
-    text = [
-        f"line {i}: the quick brown fox no {i * 37 % 101} jumps over the lazy dog {i % 7}\n"
-        for i in range(400)
-    ]
+    text = [f"line {i}: the quick brown fox no {i * 37 % 101} jumps over the lazy dog {i % 7}\n" for i in range(400)]
     (folder / "text").mkdir(exist_ok=True)
     for part in range(8):
         (folder / "text" / f"{part}.txt").write_text("".join(text[part * 50 : part * 50 + 50]))
@@ -83,10 +80,7 @@ def test_every_mixer_trains_and_resumes_bit_equal(tmp_path: Path, monkeypatch) -
         assert all(torch.equal(first[key], second[key]) for key in first)
     times = {"tokens_per_s", "data_wait_ms", "eval_seconds"}
     a, b = (
-        [
-            {k: v for k, v in row.items() if k not in times}
-            for row in read_rows(tmp_path / run / "metrics.jsonl")
-        ]
+        [{k: v for k, v in row.items() if k not in times} for row in read_rows(tmp_path / run / "metrics.jsonl")]
         for run in ("whole", "parts")
     )
     assert a == b

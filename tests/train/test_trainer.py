@@ -128,9 +128,7 @@ def test_lr_column_is_the_schedule(tiny, tmp_path: Path) -> None:
         scheduler_total_steps=6,
         scheduler_warmup_ratio=0.5,
     )
-    assert [row["lr"] for row in rows(tmp_path) if "lr" in row] == pytest.approx(
-        [1e-2 / 3, 2e-2 / 3] + [1e-2] * 4
-    )
+    assert [row["lr"] for row in rows(tmp_path) if "lr" in row] == pytest.approx([1e-2 / 3, 2e-2 / 3] + [1e-2] * 4)
 
 
 def test_gradient_statistics_come_when_they_are_due(tiny, tmp_path: Path) -> None:
@@ -344,9 +342,7 @@ def test_pruning_keeps_the_recent_and_the_best(tiny, tmp_path: Path, monkeypatch
     assert checkpoint.read_state(checkpoint.latest(tmp_path))["best"] == [[1.0, 4], [2.0, 6]]
 
 
-def test_best_and_rolling_is_one_folder_and_best_alone_is_saved_between(
-    tiny, tmp_path: Path, monkeypatch
-) -> None:
+def test_best_and_rolling_is_one_folder_and_best_alone_is_saved_between(tiny, tmp_path: Path, monkeypatch) -> None:
     losses = iter([9.0, 3.0, 4.0, 1.0, 2.0])
 
     def fake(*args, **kwargs):
@@ -517,9 +513,7 @@ def test_bf16_on_the_cpu(tiny, tmp_path: Path, monkeypatch, dtype: str) -> None:
     seen = set()
     original = torch.nn.functional.linear
 
-    monkeypatch.setattr(
-        torch.nn.functional, "linear", lambda *a: seen.add((out := original(*a)).dtype) or out
-    )
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add((out := original(*a)).dtype) or out)
     assert tiny.run(tmp_path, use_amp=True, amp_dtype=dtype) == 0
     assert torch.bfloat16 in seen
     weights = load_file(checkpoint.latest(tmp_path) / "model.safetensors")

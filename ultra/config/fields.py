@@ -53,20 +53,14 @@ class ModelFields(Fields):
     hidden_size: int = Field(768, ge=1, le=1 << 16, description="Width of the residual stream.")
     num_layers: int = Field(12, ge=1, le=1024, description="Physical layers.")
     num_loops: int = Field(1, ge=1, le=1024, description="Passes through the same layers.")
-    num_heads: int = Field(
-        12, ge=1, description="Heads of the attention mixers and of ode; divides hidden_size."
-    )
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="On the embedding output and on each mixer's and FFN's output."
-    )
+    num_heads: int = Field(12, ge=1, description="Heads of the attention mixers and of ode; divides hidden_size.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="On the embedding output and on each mixer's and FFN's output.")
     layer_pattern: tuple[str, ...] = Field(
         ("standard_attn",),
         min_length=1,
         description="Mixers of the layers, repeated cyclically over num_layers.",
     )
-    norm_type: str = Field(
-        "layer_norm", description="Normalisation before each mixer, each FFN and the head."
-    )
+    norm_type: str = Field("layer_norm", description="Normalisation before each mixer, each FFN and the head.")
     norm_eps: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="Epsilon of layer and RMS norms; auto: 1e-5 in LayerNorm, 1e-6 in RMS norms.",
@@ -84,25 +78,15 @@ class ModelFields(Fields):
     qk_norm: bool | Literal["auto"] = Field(
         "auto", description="RMS norm of queries and keys per head; auto: in sigmoid_attn only."
     )
-    use_bitnet: bool = Field(
-        False, description="Ternary weights, 8-bit activations in the blocks (BitNet b1.58)."
-    )
-    bitnet_scale: Literal["mean", "median"] = Field(
-        "mean", description="Weight scale: mean or median of |W|."
-    )
-    use_factorized_embedding: bool = Field(
-        False, description="Token table of reduced width, then a projection."
-    )
+    use_bitnet: bool = Field(False, description="Ternary weights, 8-bit activations in the blocks (BitNet b1.58).")
+    bitnet_scale: Literal["mean", "median"] = Field("mean", description="Weight scale: mean or median of |W|.")
+    use_factorized_embedding: bool = Field(False, description="Token table of reduced width, then a projection.")
     factorized_embedding_dim: int = Field(128, ge=1, description="Width of the factorised token table.")
     use_moe: bool = Field(True, description="Mixture of experts as the FFN; false: one dense FFN.")
-    ffn_hidden_size: int = Field(
-        3072, ge=1, le=1 << 20, description="Inner width of the FFN and of each expert."
-    )
+    ffn_hidden_size: int = Field(3072, ge=1, le=1 << 20, description="Inner width of the FFN and of each expert.")
     ffn_activation: Literal["silu", "gelu"] = Field("silu", description="Activation of the FFN.")
     ffn_gated: bool = Field(False, description="GeGLU / SwiGLU with inner width 2/3 of ffn_hidden_size.")
-    init_std: float = Field(
-        0.02, gt=0, description="Standard deviation of the truncated normal initialisation."
-    )
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the truncated normal initialisation.")
 
     @property
     def head_dim(self) -> int:
@@ -127,9 +111,7 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def head_problems(
-    hidden_size: int, field: str, heads: int, pairs: str | None, *, used_by: str
-) -> Iterator[Problem]:
+def head_problems(hidden_size: int, field: str, heads: int, pairs: str | None, *, used_by: str) -> Iterator[Problem]:
     """Heads must divide hidden_size; into an even width if `pairs` names a position encoding (None: any)."""
     fits = [d for d in divisors(hidden_size) if pairs is None or (hidden_size // d) % 2 == 0]
     near = ", ".join(str(d) for d in sorted(sorted(fits, key=lambda d: abs(d - heads))[:3]))

@@ -155,9 +155,7 @@ def _validate(document: Document, source: str, errors: list[Located]) -> RunConf
         except ValidationError as error:
             for path, message in _messages(error, section, fields, values):
                 place = document.places.get(path) or document.places.get(path[:2])
-                errors.append(
-                    Located(place or document.places.get((section,), start), f"{dotted(path)}: {message}")
-                )
+                errors.append(Located(place or document.places.get((section,), start), f"{dotted(path)}: {message}"))
             parts[section] = fields()
     try:
         config = RunConfig.model_validate(parts)

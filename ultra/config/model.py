@@ -34,6 +34,4 @@ class UltraConfig(EncoderFields, HeadFields, EmbeddingFields, BlockFields):
         min_length=1,
         description="Mixers of the layers, repeated cyclically over num_layers.",
     )
-    norm_type: NormName = Field(
-        "layer_norm", description="Normalisation before each mixer, FFN and the head."
-    )
+    norm_type: NormName = Field("layer_norm", description="Normalisation before each mixer, FFN and the head.")

@@ -23,9 +23,7 @@ class RunConfig(Fields):
         "frankenstein", description="mini always factorises the embedding; otherwise the two are the same."
     )
     model: UltraConfig = Field(default_factory=UltraConfig, description="UltraConfig")
-    training: TrainingConfig = Field(
-        default_factory=TrainingConfig, description="TrainingConfig and run time"
-    )
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="TrainingConfig and run time")
 
     @field_validator("model")
     @classmethod
@@ -37,6 +35,4 @@ class RunConfig(Fields):
 
     def to_yaml(self) -> str:
         """Every field in the documented layout; `load_config` reads it back to an equal RunConfig."""
-        return yaml.dump(
-            self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100
-        )
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)

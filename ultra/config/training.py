@@ -28,29 +28,19 @@ class DataFields(Fields):
     """What is read, and how it becomes batches."""
 
     batch_size: int = Field(4, ge=1, description="Sequences per micro-batch and process.")
-    dataloader_workers: int = Field(
-        2, ge=0, description="Processes that make batches; 0: in the trainer's own."
-    )
-    max_length: int = Field(
-        512, ge=4, le=1 << 20, description="Tokens per sequence, [CLS] and [SEP] included."
-    )
+    dataloader_workers: int = Field(2, ge=0, description="Processes that make batches; 0: in the trainer's own.")
+    max_length: int = Field(512, ge=4, le=1 << 20, description="Tokens per sequence, [CLS] and [SEP] included.")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Chance of each token to be predicted.")
-    max_samples: int = Field(
-        20000000, ge=1, description="Documents to read, training and validation together."
-    )
+    max_samples: int = Field(20000000, ge=1, description="Documents to read, training and validation together.")
     dataset_batch_size: int = Field(25000, ge=1, description="Rows tokenised and cached as one unit.")
     num_workers: int = Field(8, ge=0, description="Threads that tokenise; 0: one.")
-    cache_dir: str = Field(
-        "./temp_data/v2_dataset_cache", min_length=1, description="Folder of the token cache."
-    )
+    cache_dir: str = Field("./temp_data/v2_dataset_cache", min_length=1, description="Folder of the token cache.")
     local_parquet_dir: str | None = Field(
         None,
         min_length=1,
         description="Folder of .parquet, .txt, .jsonl or .csv files; null: see dataset_name.",
     )
-    prefer_local_cache: bool = Field(
-        True, description="Use a matching complete cache unread; false: refill it."
-    )
+    prefer_local_cache: bool = Field(True, description="Use a matching complete cache unread; false: refill it.")
     stream_local_parquet: bool = Field(
         True, description="Read on demand, training starts after the first unit; false: fill the cache first."
     )
@@ -69,9 +59,7 @@ class DataFields(Fields):
         min_length=1,
         description="Path of a tokenizer.json; null: byte-level BPE trained on the source.",
     )
-    val_fraction: float = Field(
-        0.01, gt=0, lt=1, description="Share of the documents held out, chosen by hash."
-    )
+    val_fraction: float = Field(0.01, gt=0, lt=1, description="Share of the documents held out, chosen by hash.")
     mask_strategy: tuple[Share, Share, Share] = Field(
         (0.8, 0.1, 0.1), description="Predicted tokens shown as [MASK], as a random token, unchanged; sum 1."
     )
@@ -134,15 +122,15 @@ class TrainingConfig(GroupFields):
         gt=0,
         description="A step is skipped when its norm exceeds this and 10 times the running median.",
     )
-    max_nan_retries: int = Field(3, ge=0, description="Bad windows in a row before the run goes back to its last good checkpoint.")
+    max_nan_retries: int = Field(
+        3, ge=0, description="Bad windows in a row before the run goes back to its last good checkpoint."
+    )
     checkpoint_every_n_steps: int = Field(500, ge=1, description="Steps between rolling checkpoints.")
     max_rolling_checkpoints: int = Field(3, ge=1, description="Rolling checkpoints kept.")
     num_best_checkpoints: int = Field(2, ge=0, description="Checkpoints kept by lowest held-out loss.")
     val_interval: int = Field(500, ge=1, description="Steps between evaluations.")
     eval_samples: int = Field(512, ge=1, description="Held-out sequences per evaluation.")
-    nan_check_interval: int = Field(
-        10, ge=1, description="Steps between the host's looks at the NaN/Inf flag."
-    )
+    nan_check_interval: int = Field(10, ge=1, description="Steps between the host's looks at the NaN/Inf flag.")
     log_gradient_stats: bool = Field(True, description="Log gradient norms per parameter group.")
     gradient_log_interval: int = Field(10, ge=1, description="Steps between these.")
     use_galore: bool = Field(False, description="Low-rank Adam state for the large matrices (GaLore).")
@@ -150,16 +138,12 @@ class TrainingConfig(GroupFields):
     galore_update_interval: int = Field(1, ge=1, description="Steps between new projections.")
     galore_scale: float = Field(1.0, gt=0, description="Factor on the projected update.")
     galore_max_dim: int = Field(4096, ge=1, description="Matrices with a longer side are left to AdamW.")
-    galore_method: Literal["randomized", "svd"] = Field(
-        "randomized", description="How the subspace is found."
-    )
+    galore_method: Literal["randomized", "svd"] = Field("randomized", description="How the subspace is found.")
     galore_rotate_moments: bool = Field(True, description="Carry the moments over into a new subspace.")
     galore_per_layer: bool = Field(
         False, description="Update each matrix at its gradient: less memory, clipping per matrix."
     )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Of the initialisation, sample order, masks and dropout."
-    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the initialisation, sample order, masks and dropout.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to train.")
     compile: bool = Field(False, description="torch.compile the encoder's layers.")
     init_from: str | None = Field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ultra.config.fields import ModelFields

@@ -33,7 +33,7 @@ def linear_memory(
     for begin in range(0, T, chunk):
         part = slice(begin, begin + chunk)
         qc, kc, vc = q[:, :, part], k[:, :, part], v[:, :, part]
-        # keep[t,r] = Π_{r<j≤t} (1-α_j) and carry[r,s] = Π_{s<j≤r} η_j, lower triangular; first column block: from before
+        # keep[t,r] = Π_{r<j≤t} (1-α_j) and carry[r,s] = Π_{s<j≤r} η_j, lower triangular; column 0: from before
         keep, carry = decay_matrix(1 - alpha[:, :, part]), decay_matrix(eta[:, :, part])
         from_S = (keep[..., 1:] @ carry[..., :1]).squeeze(-1)  # weight of S_c in M_t
         from_u = keep[..., 1:] @ carry[..., 1:]  # weight of token s's update in M_t
@@ -51,7 +51,7 @@ def linear_memory(
 
 
 def decay_matrix(factor: torch.Tensor) -> torch.Tensor:
-    """factor `[..., C]` -> `[..., C, C+1]`: entry [t, s] = Π_{s≤j≤t} factor_j (s = 0 the whole product), [t, t+1] = 1."""
+    """factor `[..., C]` -> `[..., C, C+1]`: [t, s] is Π_{s≤j≤t} factor_j (s = 0: the whole product), [t, t+1] is 1."""
     C = factor.shape[-1]
     log = torch.nn.functional.pad(factor.clamp_min(1e-30).log().cumsum(-1), (1, 0))  # [..., C+1]
     difference = log[..., 1:, None] - log[..., None, :]

@@ -18,9 +18,7 @@ from ultra.norms import NORMS
 
 
 class OdeFields(ModelFields):
-    ode_solver: Literal["rk4", "euler"] = Field(
-        "rk4", description="Classical fourth-order Runge-Kutta, or Euler."
-    )
+    ode_solver: Literal["rk4", "euler"] = Field("rk4", description="Classical fourth-order Runge-Kutta, or Euler.")
     ode_steps: int = Field(2, ge=1, description="Steps from t = 0 to t = 1.")
     ode_checkpoint: Literal["step", "none"] = Field(
         "step",
@@ -73,9 +71,7 @@ class Ode(Mixer):
         for i in range(self.steps):
             if self.checkpoint and torch.is_grad_enabled():
                 # f draws no random numbers, so there is no generator state to keep
-                increment = checkpoint(
-                    self.step, x, increment, i, seqs, use_reentrant=False, preserve_rng_state=False
-                )
+                increment = checkpoint(self.step, x, increment, i, seqs, use_reentrant=False, preserve_rng_state=False)
             else:
                 increment = self.step(x, increment, i, seqs)
         return increment

@@ -18,9 +18,7 @@ from ultra_kernels import retention, rotary
 
 
 class RetNetFields(ModelFields):
-    retention_heads: int = Field(
-        12, ge=1, description="Heads of retnet, each with its own decay; divides hidden_size."
-    )
+    retention_heads: int = Field(12, ge=1, description="Heads of retnet, each with its own decay; divides hidden_size.")
     retention_bidirectional: bool = Field(True, description="Decay by |t-s|; false: causal, as in the paper.")
     retention_window: tuple[float, float] = Field(
         (4.0, 512.0),
@@ -62,7 +60,9 @@ class RetNet(Mixer):
         D, self.H = cfg.hidden_size, cfg.retention_heads
         self.K = D // self.H
         self.V = self.K * cfg.retention_value_factor
-        self.direction: Literal["bidirectional", "forward"] = "bidirectional" if cfg.retention_bidirectional else "forward"
+        self.direction: Literal["bidirectional", "forward"] = (
+            "bidirectional" if cfg.retention_bidirectional else "forward"
+        )
         self.chunk_size = cfg.retention_chunk
         self.qkvg = make_linear(cfg, D, 2 * self.H * (self.K + self.V))
         self.head_norm = RMSNorm(self.V, cfg.rms_norm_eps, affine=False)

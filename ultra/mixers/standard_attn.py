@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import nn
-
 from ultra.config.fields import ModelFields, Problem, attention_problems
 from ultra.layers.attention import SelfAttention
 

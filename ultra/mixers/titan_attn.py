@@ -31,9 +31,7 @@ class TitanAttentionFields(ModelFields):
         "auto: 0.5 when titan_attn is the only mixer, else 0.",
     )
     hope_learnable_damping: bool = Field(False, description="Train the damping, one value per layer.")
-    titan_persistent_tokens: int = Field(
-        0, ge=0, description="Learned keys and values before every sequence."
-    )
+    titan_persistent_tokens: int = Field(0, ge=0, description="Learned keys and values before every sequence.")
     titan_memory: Literal["none", "linear"] = Field(
         "none", description="Gated branch with a linear memory written at test time, or none."
     )
@@ -45,9 +43,7 @@ class TitanAttentionFields(ModelFields):
         return self.hope_rope_fraction
 
     def problems(self) -> Iterator[Problem]:
-        yield from attention_problems(
-            self, "titan_attn", hope=self.use_hope and self.position_encoding == "auto"
-        )
+        yield from attention_problems(self, "titan_attn", hope=self.use_hope and self.position_encoding == "auto")
 
 
 class TitanAttention(SelfAttention):
@@ -59,9 +55,7 @@ class TitanAttention(SelfAttention):
 
     def __init__(self, cfg: TitanAttentionFields) -> None:
         hope = cfg.use_hope and cfg.position_encoding == "auto"
-        super().__init__(
-            cfg, rotary=not hope and cfg.position_encoding != "none", qk_norm=cfg.qk_norm is True
-        )
+        super().__init__(cfg, rotary=not hope and cfg.position_encoding != "none", qk_norm=cfg.qk_norm is True)
         self.hope = hope
         self.base, self.mode = cfg.hope_base, cfg.hope_mode
         self.rotary_heads, self.rotary_theta = round(cfg.rope_fraction * cfg.num_heads), cfg.rope_theta

@@ -17,9 +17,7 @@ from ultra.layers.sequences import Sequences
 
 class EmbeddingFields(ModelFields):
     use_embedding_conv: bool = Field(False, description="Conv1d along the sequence on the table's output.")
-    embedding_conv_kernel: int = Field(
-        3, ge=1, le=1025, description="Kernel size of the embedding convolution."
-    )
+    embedding_conv_kernel: int = Field(3, ge=1, le=1025, description="Kernel size of the embedding convolution.")
     embedding_conv_residual: bool = Field(True, description="Add the convolution to its input.")
     embedding_conv_depthwise: bool = Field(False, description="One filter per channel.")
     embedding_conv_causal: bool = Field(False, description="Look at earlier tokens only.")

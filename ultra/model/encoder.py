@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 
 class EncoderFields(ModelFields):
-    loop_embedding: bool = Field(
-        True, description="A learned vector per loop, zero at first; needs num_loops > 1."
-    )
+    loop_embedding: bool = Field(True, description="A learned vector per loop, zero at first; needs num_loops > 1.")
     loop_injection: Literal["gated", "none"] = Field(
         "gated", description="Feed the embedding into every further loop through a gate, zero at first."
     )
@@ -41,9 +39,7 @@ class EncoderFields(ModelFields):
     bitnet_two_stage: bool = Field(
         False, description="With use_bitnet, weight decay 0 and half the rates in the second half."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute each layer in the backward pass: less memory."
-    )
+    gradient_checkpointing: bool = Field(False, description="Recompute each layer in the backward pass: less memory.")
 
 
 @dataclass
@@ -159,7 +155,7 @@ class Encoder(Component):
                     layer.ffn.update_bias(torch.stack(loads).sum(0))
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter, bool]]]:
-        """Optimizer group -> (name, parameter, decayed?). The nearest module around a parameter that names a group decides."""
+        """Optimizer group -> (name, parameter, decayed?); the nearest module around a parameter that has a group decides."""
         groups: dict[str, list[tuple[str, nn.Parameter, bool]]] = {group: [] for group in GROUPS}
         modules = dict(self.named_modules())
         for name, parameter in self.named_parameters():

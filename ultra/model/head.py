@@ -20,12 +20,8 @@ from ultra_kernels import masked_linear_cross_entropy
 class HeadFields(ModelFields):
     tie_embeddings: bool = Field(True, description="The vocabulary projection is the token table.")
     head_bias: bool = Field(True, description="Bias per vocabulary entry.")
-    mlm_head: Literal["dense", "none"] = Field(
-        "dense", description="Dense, GELU, norm before the projection, or none."
-    )
-    bitnet_head: bool = Field(
-        False, description="With use_bitnet, also the head's dense layer is a BitLinear."
-    )
+    mlm_head: Literal["dense", "none"] = Field("dense", description="Dense, GELU, norm before the projection, or none.")
+    bitnet_head: bool = Field(False, description="With use_bitnet, also the head's dense layer is a BitLinear.")
 
 
 class MLMHead(Component):
@@ -70,6 +66,4 @@ class MLMHead(Component):
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy of rows `[M,D]` against labels `[M]`."""
-        return masked_linear_cross_entropy(
-            self.transform(hidden), self.vocabulary, labels, self.bias, reduction="sum"
-        )
+        return masked_linear_cross_entropy(self.transform(hidden), self.vocabulary, labels, self.bias, reduction="sum")

@@ -172,8 +172,7 @@ def resolve(path: Path) -> Path:
         return found
     if not (path / "model.safetensors").is_file():
         raise CheckpointError(
-            f"{path}: neither a run folder (checkpoints/) nor a checkpoint or exported model "
-            "(model.safetensors)"
+            f"{path}: neither a run folder (checkpoints/) nor a checkpoint or exported model (model.safetensors)"
         )
     # An exported folder has neither of these two; a checkpoint that lost its manifest is damaged.
     is_checkpoint = (path / "manifest.json").exists() or (path / "state.json").exists()

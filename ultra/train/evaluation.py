@@ -61,9 +61,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if tokens == 0:
-        raise UserError(
-            "there is no held-out document to evaluate on; raise training.val_fraction, or bring more text"
-        )
+        raise UserError("there is no held-out document to evaluate on; raise training.val_fraction, or bring more text")
     return {
         "eval_loss": loss / tokens,
         "eval_mask_loss": mask_loss / masked if masked else float("nan"),

@@ -88,9 +88,7 @@ def non_finite_documents(model: nn.Module, batches: list[Batch], device: torch.d
                 (out.loss_sum / moved.num_labelled + out.aux_loss).backward()
             grads = [param.grad for param in model.parameters() if param.grad is not None]
             if not (torch.isfinite(out.loss_sum) & torch.isfinite(torch.nn.utils.get_total_norm(grads))):
-                found.append(
-                    f"document {number} of the micro-batch that begins at sample {batch.first_sample}"
-                )
+                found.append(f"document {number} of the micro-batch that begins at sample {batch.first_sample}")
             model.zero_grad(set_to_none=True)
     return found
 

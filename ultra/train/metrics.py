@@ -43,9 +43,7 @@ class MetricsLog:
     Training rows may hold device tensors: `add` keeps them, `flush` reads them all, one wait for the device.
     """
 
-    def __init__(
-        self, run_dir: Path, *, upto: int, tokens: int, total_steps: int, trackers: list[Tracker]
-    ) -> None:
+    def __init__(self, run_dir: Path, *, upto: int, tokens: int, total_steps: int, trackers: list[Tracker]) -> None:
         self.jsonl, self.csv = run_dir / "metrics.jsonl", run_dir / "metrics.csv"
         self.total_steps, self.trackers = total_steps, trackers
         self.rows: list[dict[str, Any]] = []
@@ -150,9 +148,7 @@ def moe_columns(counts: list[list[float]]) -> dict[str, Any]:
     if not counts:
         return {}
     loads = [[count / max(sum(layer), 1) for count in layer] for layer in counts]
-    entropies = [
-        -sum(p * math.log(p) for p in layer if p > 0) / math.log(max(len(layer), 2)) for layer in loads
-    ]
+    entropies = [-sum(p * math.log(p) for p in layer if p > 0) / math.log(max(len(layer), 2)) for layer in loads]
     return {
         "moe_entropy": sum(entropies) / len(entropies),
         "moe_load_min": min(map(min, loads)),
@@ -228,6 +224,5 @@ def open_trackers(names: tuple[str, ...], run_dir: Path, config: dict[str, Any])
             f"training.log_to: {', '.join(missing)} not installed; pip install 'ultra[track]', or log_to: []"
         )
     return [
-        _TensorBoard(run_dir, config) if name == "tensorboard" else _WandbLike(name, run_dir, config)
-        for name in names
+        _TensorBoard(run_dir, config) if name == "tensorboard" else _WandbLike(name, run_dir, config) for name in names
     ]

@@ -65,8 +65,7 @@ def table(groups: list[Group]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
@@ -103,9 +102,7 @@ class GroupedOptimizer:
         self.names = {id(param): name for group in groups for name, param, _ in group.params}
         plain, projected = [], []
         for group in groups:
-            low_rank = [
-                entry for entry in group.params if cfg.use_galore and self.eligible(entry, group, cfg)
-            ]
+            low_rank = [entry for entry in group.params if cfg.use_galore and self.eligible(entry, group, cfg)]
             chosen = {name for name, _, _ in low_rank}
             rest = [entry for entry in group.params if entry[0] not in chosen]
             plain.append(self._torch_group(group, [p for _, p, decay in rest if decay], group.optim.wd))
@@ -204,12 +201,7 @@ class GroupedOptimizer:
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of state_tensors. Raises UserError where a name or a shape does not fit."""
-        owners = {
-            self.names[id(p)]: (part, p)
-            for part in self.parts
-            for g in part.param_groups
-            for p in g["params"]
-        }
+        owners = {self.names[id(p)]: (part, p) for part in self.parts for g in part.param_groups for p in g["params"]}
         for part in self.parts:
             part.state.clear()
         for key, value in tensors.items():

@@ -40,15 +40,11 @@ class State:
     """Where a run stands; with the tensors of a checkpoint, all that the next step depends on."""
 
     step: int = 0  # optimizer steps made
-    data_step: int = (
-        0  # batches taken; runs ahead of step after a rollback, which passes over the bad samples
-    )
+    data_step: int = 0  # batches taken; runs ahead of step after a rollback, which passes over the bad samples
     tokens: int = 0
     lr_scale: float = 1.0  # halved by every rollback
     evaluated: int = -1  # step of the last evaluation
-    best: list[tuple[float, int]] = dataclasses.field(
-        default_factory=list
-    )  # (held-out loss, step), best first
+    best: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # (held-out loss, step), best first
     skipped: int = 0
     bad_windows: int = 0  # in a row
     rolled_back_to: int = -1
@@ -187,9 +183,7 @@ class Trainer:
             loss, aux_loss = loss + micro_loss.detach(), aux_loss + micro_aux.detach()
             moe_stats.append(out.moe_stats)
         if self.scale.active:
-            torch._foreach_div_(
-                [p.grad for p in self.optimizer.params if p.grad is not None], self.scale.value
-            )
+            torch._foreach_div_([p.grad for p in self.optimizer.params if p.grad is not None], self.scale.value)
         # The loads of all micro-batches, layer by layer.
         merged = [
             layer[0]._replace(counts=torch.stack([stats.counts for stats in layer]).sum(0))
@@ -234,9 +228,7 @@ class Trainer:
         # At a scale above 1 an fp16 overflow is how the scale finds its value, not a fault.
         fault = bad & ~(overflow & (self.scale.value > 1)) if self.scale.active else bad
         self.scale.update(overflow)
-        self.made.append(
-            Made(self.state.step, micro_batches, fault, torch.isfinite(loss) & torch.isfinite(norm))
-        )
+        self.made.append(Made(self.state.step, micro_batches, fault, torch.isfinite(loss) & torch.isfinite(norm)))
 
     # What to do about bad steps
 
@@ -293,9 +285,7 @@ class Trainer:
         if step in (-1, s.rolled_back_to):
             dump = self.run_dir / f"dump-step-{s.step:08d}"
             health.dump(dump, self.model, batches)
-            reason = (
-                "there is no good checkpoint" if step == -1 else f"going back to step {step} did not help"
-            )
+            reason = "there is no good checkpoint" if step == -1 else f"going back to step {step} did not help"
             raise Diverged(
                 f"stopped at step {s.step}: {s.bad_windows} bad windows in a row and {reason}. The last bad "
                 f"batches and figures per parameter are in {dump}. Try lower rates, a longer warm-up, or a "
@@ -309,17 +299,13 @@ class Trainer:
         self.metrics.flush()
         self.metrics.truncate(step)
         self.metrics.skip_time(s.tokens)
-        log.warning(
-            "went back from step %d to %d; all rates are now %g of the configured", now.step, step, s.lr_scale
-        )
+        log.warning("went back from step %d to %d; all rates are now %g of the configured", now.step, step, s.lr_scale)
 
     # Evaluation and checkpoints
 
     def evaluation_due(self) -> bool:
         step = self.state.step
-        return step != self.state.evaluated and (
-            step % self.training.val_interval == 0 or step == self.total_steps
-        )
+        return step != self.state.evaluated and (step % self.training.val_interval == 0 or step == self.total_steps)
 
     def evaluate(self) -> None:
         s = self.state
@@ -393,9 +379,7 @@ class Trainer:
             s.best = former
             if self.stop() or s.step >= self.total_steps:
                 raise
-            log.warning(
-                "no checkpoint at step %d: %s; the earlier ones stay, training goes on", s.step, error
-            )
+            log.warning("no checkpoint at step %d: %s; the earlier ones stay, training goes on", s.step, error)
             return
         recent = checkpoint.steps(self.run_dir)[-self.training.max_rolling_checkpoints :]
         checkpoint.prune(self.run_dir, {s.step, *recent, *(step for _, step in s.best)})

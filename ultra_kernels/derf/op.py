@@ -20,13 +20,15 @@ OP = Op(
 
 @overload
 def derf(
-    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, residual: None = None, backend: str | None = None,
+    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+    *, residual: None = None, backend: str | None = None,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def derf(
-    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, residual: torch.Tensor, backend: str | None = None,
+    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+    *, residual: torch.Tensor, backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
