@@ -179,6 +179,16 @@ def positive(text: str) -> int:
     return value
 
 
+def sleep_while_waiting() -> None:
+    """OpenMP threads sleep instead of spinning between parallel regions, unless the user has chosen.
+
+    It has to be said before torch is imported. Spinning threads fight for the cores as soon as anything else runs: one
+    busy process beside it made a step on 2 cores 10 times slower (docs/LOG.md).
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; usage errors, --help and --version return as well."""
     try:
@@ -192,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             getattr(args, args.rest).extend(late)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
+    sleep_while_waiting()
     try:
         code: int = args.command(args)
         return code

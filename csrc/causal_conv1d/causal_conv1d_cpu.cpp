@@ -30,7 +30,8 @@ static void load_rows(float* tile, const View& v, int64_t b, int64_t d, int64_t 
                       int64_t t, int64_t rows) {
     const int64_t from = max_of(t, begin), to = max_of(from, min_of(t + rows, end));
     for (int64_t i = 0; i < (from - t) * kConvBlock; ++i) tile[i] = 0.0f;
-    load_tile(tile + (from - t) * kConvBlock, kConvBlock, v, b, d, from, 1, channels, to - from);
+    load_tile(Tile{tile + (from - t) * kConvBlock, kConvBlock, kLanes}, v, b, d, from, 1, channels, kConvBlock,
+              to - from);
     for (int64_t i = (to - t) * kConvBlock; i < rows * kConvBlock; ++i) tile[i] = 0.0f;
 }
 
@@ -87,7 +88,7 @@ template <int width> static void forward(const ConvProblem& p, const View& y, in
                     vf v = load(result + i);
                     store(result + i, v * sigmoid(v));
                 }
-            store_tile(result, kConvBlock, y, b, d, t, 1, channels, rows);
+            store_tile(Tile{result, kConvBlock, kLanes}, y, b, d, t, 1, channels, rows);
         });
     });
 }
@@ -122,7 +123,7 @@ static void backward(const ConvProblem& p, const View& dy, const View& dx, float
                 }
                 correlate<width>(g + last * kConvBlock, x + last * kConvBlock, dw, db, rows, channels);
                 convolve<width>(g, mirrored, nullptr, result, rows, channels);
-                store_tile(result, kConvBlock, dx, b, d, t, 1, channels, rows);
+                store_tile(Tile{result, kConvBlock, kLanes}, dx, b, d, t, 1, channels, rows);
             });
         for (int64_t c = 0; c < channels; ++c) {
             dbias[d + c] = db[c];

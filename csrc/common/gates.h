@@ -36,17 +36,46 @@ static inline vf exp2(vf x) {
 #endif
 }
 
-// 1 / (1 + e^-x) without overflow on either side.
-static inline vf sigmoid(vf x) {
-    vf q = exp(-abs(x));
-    return select(x >= 0.0f, splat(1.0f), q) / (1.0f + q);
+// e^-a for a >= 0, 2 ulp, 0 from 104 on: like exp, without the tests for the other side.
+static inline vf exp_minus(vf a) {
+#if defined(__AVX512F__)
+    vf x = -select(a > 104.0f, splat(104.0f), a);
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in a product with n
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.3981999507e-3f);
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return exp(-a);
+#endif
 }
 
-// ln(1 + e^x) = max(x, 0) + ln(1 + q), q = e^-|x|, and ln(1 + q) = 2 artanh(s), s = q / (2 + q) <= 1/3: every term keeps
-// its relative precision where e^x is tiny.
+// 1 / x for 1 <= x <= 3, 1 ulp.
+static inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+    vf y = (vf)_mm512_rcp14_ps((__m512)x);
+    return y + y * (1.0f - x * y);  // one Newton step: 14 bits become 28
+#else
+    return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + e^-x) without overflow on either side.
+static inline vf sigmoid(vf x) {
+    vf q = exp_minus(abs(x));
+    return select(x >= 0.0f, splat(1.0f), q) * reciprocal(1.0f + q);
+}
+
+// ln(1 + e^x) = max(x, 0) + ln(1 + q), q = e^-|x|, and ln(1 + q) = 2 artanh(s), s = q / (2 + q) <= 1/3: every term
+// keeps its relative precision where e^x is tiny.
 static inline vf softplus(vf x) {
-    vf q = exp(-abs(x));
-    vf s = q / (2.0f + q);
+    vf q = exp_minus(abs(x));
+    vf s = q * reciprocal(2.0f + q);
     vf s2 = s * s;
     vf p = splat(1.4005994257e-1f);
     p = p * s2 + 1.4000902483e-1f;

@@ -9,7 +9,7 @@
 namespace ultra {
 
 constexpr int64_t kScanSegment = 64;  // steps between two saved states: SEGMENT of selective_scan/op.py
-constexpr int64_t kScanBlock = 64;    // channels of one task: the sums over channels of dB and dC have one part per block
+constexpr int64_t kScanBlock = 64;    // channels of one task; dB and dC have one partial sum per block
 
 // B or C as float32 [directions, batch, groups, L, N], N contiguous; strides count elements.
 struct ScanRows {

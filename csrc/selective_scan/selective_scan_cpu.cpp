@@ -15,7 +15,8 @@ namespace ULTRA_ISA {
 
 constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.693147180559945f;
 constexpr int64_t kVectors = kScanBlock / kLanes;
-constexpr int64_t kTile = (kScanSegment + 1) * kLanes;
+constexpr int64_t kTile = (kScanSegment + 1) * kLanes;  // rows of one vector of channels
+constexpr int64_t kTiles = kVectors * kTile;            // of a block: one after the other
 // States per pass over a segment: their decay rates, states and adjoints stay in registers.
 constexpr int kForwardStates = kLanes == 16 ? 8 : 4;
 constexpr int kBackwardStates = 4;
@@ -29,6 +30,23 @@ static int64_t longest(const ScanProblem& p) {
         if (p.borders[s + 1] - p.borders[s] > most) most = p.borders[s + 1] - p.borders[s];
     return most;
 }
+
+struct Sequence {
+    int64_t begin, length, slot;  // slot: of its first saved state
+};
+
+// A segment as read by one direction: step i is at position t + i * step.
+struct Segment {
+    int64_t begin, rows, t;
+    int step;
+
+    Segment(const Sequence& s, int64_t index, bool reverse) {
+        begin = index * kScanSegment;
+        rows = min_of(kScanSegment, s.length - begin);
+        step = reverse ? -1 : 1;
+        t = reverse ? s.begin + s.length - 1 - begin : s.begin + begin;
+    }
+};
 
 // One task: a batch row and a block of channels of one group.
 struct Block {
@@ -44,10 +62,14 @@ struct Block {
     }
     int64_t vectors() const { return (last - first + kLanes - 1) / kLanes; }
     int64_t lanes(int64_t v) const { return min_of(kLanes, last - first - v * kLanes); }
-};
 
-struct Sequence {
-    int64_t begin, length, slot;  // slot: of its first saved state
+    // Whole rows at a time, vector after vector: a page of memory is then visited once.
+    void load(float* tiles, const View& from, const Segment& s, int64_t rows) const {
+        load_tile(Tile{tiles, kLanes, kTile}, from, b, first, s.t, s.step, last - first, vectors() * kLanes, rows);
+    }
+    void store(const float* tiles, const View& to, const Segment& s) const {
+        store_tile(Tile{(float*)tiles, kLanes, kTile}, to, b, first, s.t, s.step, last - first, s.rows);
+    }
 };
 
 // Calls body(index, Sequence) for the sequences of one batch row, in order.
@@ -60,19 +82,6 @@ template <typename Body> static void for_sequences(const ScanProblem& p, const B
         slot += (length + kScanSegment - 1) / kScanSegment;
     }
 }
-
-// A segment as read by one direction: step i is at position t + i * step.
-struct Segment {
-    int64_t begin, rows, t;
-    int step;
-
-    Segment(const Sequence& s, int64_t index, bool reverse) {
-        begin = index * kScanSegment;
-        rows = min_of(kScanSegment, s.length - begin);
-        step = reverse ? -1 : 1;
-        t = reverse ? s.begin + s.length - 1 - begin : s.begin + begin;
-    }
-};
 
 static const float* row(const ScanRows& m, int64_t dir, const Block& block, int64_t t) {
     return m.data + dir * m.direction + block.b * m.batch + block.group * m.group + t * m.time;
@@ -103,7 +112,8 @@ static void load_rates(const ScanProblem& p, int64_t dir, const Block& block, fl
 }
 
 // Turns delta into dt in place; slope, where asked for, is d dt / d delta.
-static void make_steps(const ScanProblem& p, int64_t dir, int64_t d, int64_t lanes, int64_t rows, float* dt, float* slope) {
+static void make_steps(const ScanProblem& p, int64_t dir, int64_t d, int64_t lanes, int64_t rows, float* dt,
+                       float* slope) {
     vf bias = p.delta_bias ? load_lanes(p.delta_bias + dir * p.channels + d, lanes) : splat(0.0f);
     for (int64_t i = 0; i < rows * kLanes; i += kLanes) {
         vf x = load(dt + i) + bias;
@@ -139,7 +149,8 @@ static inline void advance(int64_t rows, const float* dt, const float* dtu, cons
 }
 
 int64_t scan_forward_scratch(const ScanProblem& p) {
-    return 4 * kTile + 2 * kScanBlock * p.states + kScanBlock + (p.directions == 2 ? longest(p) * kScanBlock : 0);
+    return 4 * kTiles + kTile + 2 * kScanBlock * p.states + kScanBlock +
+           (p.directions == 2 ? longest(p) * kScanBlock : 0);
 }
 
 void scan_forward(const ScanProblem& p, const View& out, float* last, float* scratch, int threads) {
@@ -147,11 +158,12 @@ void scan_forward(const ScanProblem& p, const View& out, float* last, float* scr
     const int64_t per_thread = scan_forward_scratch(p);
     parallel_for(tasks, threads, [&](int64_t task) {
         const Block block(p, task);
-        float* u = scratch + thread_index() * per_thread;
-        float* dt = u + kTile;
-        float* dtu = dt + kTile;
-        float* y = dtu + kTile;
-        float* rates = y + kTile;
+        float* us = scratch + thread_index() * per_thread;
+        float* dts = us + kTiles;
+        float* zs = dts + kTiles;
+        float* ys = zs + kTiles;
+        float* dtu = ys + kTiles;
+        float* rates = dtu + kTile;
         float* state = rates + kScanBlock * N;  // [v][n][lane]
         float* carry = state + kScanBlock * N;  // [v][lane]: the result of the last step of the segment before
         float* sum = carry + kScanBlock;        // [position in the sequence][v][lane]: what direction 0 found
@@ -170,14 +182,22 @@ void scan_forward(const ScanProblem& p, const View& out, float* last, float* scr
                     const float* B = row(p.B, dir, block, seg.t);
                     const float* C = row(p.C, dir, block, seg.t);
                     const int64_t B_step = seg.step * p.B.time, C_step = seg.step * p.C.time;
+                    const int64_t rest = s.length - seg.begin - seg.rows, next = min_of(rest, kScanSegment);
+                    const bool gated = final_pass && p.z.data;
+                    block.load(us, p.u, seg, seg.rows);
+                    block.load(dts, delta, seg, seg.rows);
+                    if (gated) block.load(zs, p.z, seg, seg.rows);
                     for (int64_t v = 0; v < block.vectors(); ++v) {
                         const int64_t d = block.first + v * kLanes, lanes = block.lanes(v);
+                        const int64_t ahead = seg.t + seg.step * kScanSegment;
+                        prefetch(p.u, block.b, d, ahead, seg.step, next);
+                        prefetch(delta, block.b, d, ahead, seg.step, next);
+                        if (gated) prefetch(p.z, block.b, d, ahead, seg.step, next);
+                        float *u = us + v * kTile, *dt = dts + v * kTile, *y = ys + v * kTile;
                         float* h = state + v * N * kLanes;
                         const float* rate = rates + v * N * kLanes;
                         for (int64_t n = 0; n < N; ++n)
                             store_lanes(saved(p, dir, block.b, s.slot + k, n, d), load(h + n * kLanes), lanes);
-                        load_tile(u, kLanes, p.u, block.b, d, seg.t, seg.step, lanes, seg.rows);
-                        load_tile(dt, kLanes, delta, block.b, d, seg.t, seg.step, lanes, seg.rows);
                         make_steps(p, dir, d, lanes, seg.rows, dt, nullptr);
                         for (int64_t i = 0; i < seg.rows * kLanes; i += kLanes)
                             store(dtu + i, load(dt + i) * load(u + i));
@@ -204,17 +224,14 @@ void scan_forward(const ScanProblem& p, const View& out, float* last, float* scr
                         for (int64_t i = 0; i < seg.rows; ++i) {
                             vf total = load(y + i * kLanes) + skip * load(u + i * kLanes);
                             if (p.directions == 2) total += load(at + i * at_step);
+                            if (gated) {
+                                vf z = load(zs + v * kTile + i * kLanes);
+                                total *= z * sigmoid(z);
+                            }
                             store(y + i * kLanes, total);
                         }
-                        if (p.z.data) {
-                            load_tile(dt, kLanes, p.z, block.b, d, seg.t, seg.step, lanes, seg.rows);
-                            for (int64_t i = 0; i < seg.rows * kLanes; i += kLanes) {
-                                vf z = load(dt + i);
-                                store(y + i, load(y + i) * z * sigmoid(z));
-                            }
-                        }
-                        store_tile(y, kLanes, out, block.b, d, seg.t, seg.step, lanes, seg.rows);
                     }
+                    if (final_pass) block.store(ys, out, seg);
                 }
                 if (last)
                     for (int64_t d = block.first; d < block.last; ++d) {
@@ -362,7 +379,7 @@ static void sum_parts(float* target, const float* parts, int64_t n, int64_t coun
 }
 
 int64_t scan_backward_scratch(const ScanProblem& p) {
-    return 9 * kTile + (2 * kTile + kLanes) * kBackwardStates + p.states * kLanes +
+    return 7 * kTiles + 3 * kTile + (2 * kTile + kLanes) * kBackwardStates + p.states * kLanes +
            (1 + 2 * p.directions) * kScanBlock * p.states + (1 + p.directions) * kScanBlock +
            2 * kScanSegment * p.states * kLanes + (p.directions == 2 ? 2 * longest(p) * kScanBlock : 0);
 }
@@ -375,8 +392,9 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
         const Block block(p, task);
         float* next = scratch + thread_index() * per_thread;
         auto take = [&](int64_t n) { float* at = next; next += n; return at; };
-        float *u = take(kTile), *dt = take(kTile), *dtu = take(kTile), *slope = take(kTile), *dy = take(kTile);
-        float *dout = take(kTile), *y = take(kTile), *from_decay = take(kTile), *from_input = take(kTile);
+        float *us = take(kTiles), *dts = take(kTiles), *douts = take(kTiles), *zs = take(kTiles);
+        float *dus = take(kTiles), *ddeltas = take(kTiles), *ys = take(kTiles);
+        float *dtu = take(kTile), *dy = take(kTile), *from_decay = take(kTile);
         float *decays = take(kTile * kBackwardStates), *history = take((kTile + kLanes) * kBackwardStates);
         float* start = take(N * kLanes);
         float* dstate = take(kScanBlock * N);
@@ -410,7 +428,6 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                     const bool more = seg.begin + seg.rows < s.length;  // the sequence goes on after this segment
                     Steps pass{};
                     pass.rows = seg.rows;
-                    pass.dt = dt;
                     pass.dtu = dtu;
                     pass.dresult = dy + (p.shift ? kLanes : 0);
                     pass.B = row(p.B, dir, block, seg.t);
@@ -418,32 +435,39 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                     pass.B_step = seg.step * p.B.time;
                     pass.C_step = seg.step * p.C.time;
                     pass.from_decay = from_decay;
-                    pass.from_input = from_input;
-                    pass.result = p.z.data ? y + (p.shift ? kLanes : 0) : nullptr;
                     pass.dB = dB;
                     pass.dC = dC;
                     pass.stride = N * kLanes;
                     fill(dB, seg.rows * N * kLanes, 0.0f);
                     fill(dC, seg.rows * N * kLanes, 0.0f);
 
+                    // one row more than the segment has: with shift its last result shows in the next one's output
+                    const int64_t ahead = seg.rows + (more && p.shift);
+                    block.load(us, p.u, seg, seg.rows);
+                    block.load(dts, delta, seg, seg.rows);
+                    block.load(douts, g.dy, seg, ahead);
+                    if (p.z.data) block.load(zs, p.z, seg, ahead);
                     for (int64_t v = 0; v < block.vectors(); ++v) {
                         const int64_t d = block.first + v * kLanes, lanes = block.lanes(v);
-                        load_tile(u, kLanes, p.u, block.b, d, seg.t, seg.step, lanes, seg.rows);
-                        load_tile(dt, kLanes, delta, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        if (k > 0) {
+                            const int64_t before = seg.t - seg.step * kScanSegment;
+                            prefetch(p.u, block.b, d, before, seg.step, kScanSegment);
+                            prefetch(delta, block.b, d, before, seg.step, kScanSegment);
+                            prefetch(g.dy, block.b, d, before, seg.step, kScanSegment);
+                            prefetch(p.z, block.b, d, before, seg.step, kScanSegment);
+                        }
+                        float *u = us + v * kTile, *dt = dts + v * kTile, *dout = douts + v * kTile;
+                        float *z = zs + v * kTile, *y = ys + v * kTile;
+                        float *from_input = dus + v * kTile, *slope = ddeltas + v * kTile;
+                        pass.dt = dt;
+                        pass.from_input = from_input;
+                        pass.result = p.z.data ? y + (p.shift ? kLanes : 0) : nullptr;
                         make_steps(p, dir, d, lanes, seg.rows, dt, slope);
                         for (int64_t i = 0; i < steps; i += kLanes) store(dtu + i, load(dt + i) * load(u + i));
-                        // one step more than the segment has: with shift its last result shows in the next one's output
-                        const int64_t ahead = seg.rows + (more && p.shift);
                         store(dy + steps, splat(0.0f));
-                        load_tile(dout, kLanes, g.dy, block.b, d, seg.t, seg.step, lanes, ahead);
-                        if (p.z.data) {
-                            load_tile(y, kLanes, p.z, block.b, d, seg.t, seg.step, lanes, ahead);
-                            for (int64_t i = 0; i < ahead * kLanes; i += kLanes) {
-                                vf z = load(y + i);
-                                store(dy + i, load(dout + i) * z * sigmoid(z));
-                            }
-                        } else {
-                            for (int64_t i = 0; i < ahead * kLanes; i += kLanes) store(dy + i, load(dout + i));
+                        for (int64_t i = 0; i < ahead * kLanes; i += kLanes) {
+                            vf gate = p.z.data ? load(z + i) * sigmoid(load(z + i)) : splat(1.0f);
+                            store(dy + i, load(dout + i) * gate);
                         }
                         for (int64_t n = 0; n < N; ++n)
                             store(start + n * kLanes,
@@ -464,7 +488,8 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                         const int64_t at_rates = (dir * kVectors + v) * N * kLanes;
                         int64_t n = 0;
                         for (; n + kBackwardStates <= N; n += kBackwardStates)
-                            reverse<kBackwardStates>(pass, n, rates + at_rates, start, to, dA + at_rates, decays, history);
+                            reverse<kBackwardStates>(pass, n, rates + at_rates, start, to, dA + at_rates, decays,
+                                                     history);
                         for (; n < N; ++n)
                             reverse<1>(pass, n, rates + at_rates, start, to, dA + at_rates, decays, history);
 
@@ -498,19 +523,17 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                         }
                         float* bias_to = dbias + (dir * kVectors + v) * kLanes;
                         store(bias_to, load(bias_to) + bias_sum);
-                        store_tile(slope, kLanes, ddelta, block.b, d, seg.t, seg.step, lanes, seg.rows);
                         if (!final_pass) continue;
                         store(dD + v * kLanes, load(dD + v * kLanes) + skip_sum);
-                        store_tile(from_input, kLanes, g.du, block.b, d, seg.t, seg.step, lanes, seg.rows);
-                        if (p.z.data) {
-                            load_tile(dt, kLanes, p.z, block.b, d, seg.t, seg.step, lanes, seg.rows);
+                        if (p.z.data)
                             for (int64_t i = 0; i < steps; i += kLanes) {
-                                vf z = load(dt + i), sig = sigmoid(z);
-                                store(dt + i, load(dout + i) * load(y + i) * sig * (1.0f + z * (1.0f - sig)));
+                                vf gate = load(z + i), sig = sigmoid(gate);
+                                store(y + i, load(dout + i) * load(y + i) * sig * (1.0f + gate * (1.0f - sig)));
                             }
-                            store_tile(dt, kLanes, g.dz, block.b, d, seg.t, seg.step, lanes, seg.rows);
-                        }
                     }
+                    block.store(ddeltas, ddelta, seg);
+                    if (final_pass) block.store(dus, g.du, seg);
+                    if (final_pass && p.z.data) block.store(ys, g.dz, seg);
                     const int64_t base = block.part * rows_size +
                                          ((dir * p.batch + block.b) * p.groups + block.group) * p.length * N;
                     for (int64_t i = 0; i < seg.rows; ++i) {

@@ -131,7 +131,7 @@ def test_nothing_leaks_across_a_border(backend: str) -> None:
 @pytest.mark.parametrize("L", [1, SEGMENT, SEGMENT + 1])
 @native
 def test_native_edges(N: int, L: int) -> None:
-    for D in (1, 16, 21, 65):
+    for D in (2, 16, 21, 65):  # not 1: a lone gradient may cancel, and nothing else would give its scale
         args = inputs(1, D, L, N, dtype=torch.float32, rows=D == 21)
         args = {k: v.requires_grad_() if torch.is_tensor(v) else v for k, v in args.items()} | {
             "return_last_state": True

@@ -155,7 +155,7 @@ class Encoder(Component):
                     layer.ffn.update_bias(torch.stack(loads).sum(0))
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter, bool]]]:
-        """Optimizer group -> (name, parameter, decayed?); the nearest module around a parameter that has a group decides."""
+        """Optimizer group -> (name, parameter, decayed?); the nearest module around it that has a group decides."""
         groups: dict[str, list[tuple[str, nn.Parameter, bool]]] = {group: [] for group in GROUPS}
         modules = dict(self.named_modules())
         for name, parameter in self.named_parameters():
