@@ -7,6 +7,7 @@ Every command imports what it needs inside its function, so that `ultra --help` 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
