@@ -36,12 +36,12 @@ def softmax_attention(
     groups, rows, back = seqs.by_length
     # one gather of q, k, v together, then every group is a slice
     qkv = torch.stack((q[0], k[0], v[0]), 1).index_select(0, rows)
-    outputs, begin = [], 0
-    for count, length in groups:
-        part = qkv[begin : begin + count * length].view(count, length, 3, *q.shape[2:])
+    outputs = []
+    # split, not slices: the gradient of a split is one concatenation, that of each slice a full tensor of zeros
+    for (count, length), part in zip(groups, qkv.split([count * length for count, length in groups]), strict=True):
+        part = part.view(count, length, 3, *q.shape[2:])
         qp, kp, vp = part.unbind(2)
         outputs.append(_dense(qp, kp, vp, prefix).reshape(count * length, *q.shape[2:]))
-        begin += count * length
     return torch.cat(outputs).index_select(0, back)[None] if outputs else torch.zeros_like(q)
 
 
