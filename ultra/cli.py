@@ -184,7 +184,8 @@ def sleep_while_waiting() -> None:
     """OpenMP threads spin only briefly between parallel regions, unless the user has chosen otherwise.
 
     It has to be said before torch is imported. Threads that spin for milliseconds fight for the cores as soon as
-    anything else runs: one busy process beside it made a training step on 2 cores 15 times slower, with this 4 times (docs/LOG.md).
+    anything else runs: one busy process beside it made a training step on 2 cores 15 times slower, with this limit
+    4 times; alone on the machine both take the same time (docs/LOG.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
