@@ -101,7 +101,7 @@ def test_extras_are_read_from_the_metadata(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
     text, _ = doctor.report()
     assert "[test]        complete" in text
-    assert "[hf]          without no-such-package: pip install 'ultra[hf]'" in text
+    assert "[hf]          without no-such-package: pip install '.[hf]' in the clone" in text
 
 
 def test_the_module_imports_nothing_heavy():

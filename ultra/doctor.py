@@ -150,7 +150,7 @@ def extras(section: Section) -> None:
     for extra, names in sorted(wanted.items()):
         missing = [name for name in names if not is_installed(name)]
         section.add(
-            f"[{extra}]", "complete" if not missing else f"without {', '.join(missing)}: pip install 'ultra[{extra}]'"
+            f"[{extra}]", "complete" if not missing else f"without {', '.join(missing)}: pip install '.[{extra}]' in the clone"
         )
 
 
