@@ -149,9 +149,8 @@ def extras(section: Section) -> None:
             wanted.setdefault(found[2], []).append(found[1])
     for extra, names in sorted(wanted.items()):
         missing = [name for name in names if not is_installed(name)]
-        section.add(
-            f"[{extra}]", "complete" if not missing else f"without {', '.join(missing)}: pip install '.[{extra}]' in the clone"
-        )
+        remedy = f"without {', '.join(missing)}: pip install '.[{extra}]' in the clone"
+        section.add(f"[{extra}]", remedy if missing else "complete")
 
 
 def is_installed(name: str) -> bool:

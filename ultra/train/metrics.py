@@ -221,7 +221,8 @@ def open_trackers(names: tuple[str, ...], run_dir: Path, config: dict[str, Any])
     """The trackers of training.log_to. Raises UserError when one is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"training.log_to: {', '.join(missing)} not installed; run pip install '.[track]' in the clone, or log_to: []"
+            f"training.log_to: {', '.join(missing)} not installed; "
+            "run pip install '.[track]' in the clone, or set log_to: []"
         )
     return [
         _TensorBoard(run_dir, config) if name == "tensorboard" else _WandbLike(name, run_dir, config) for name in names
