@@ -682,7 +682,7 @@ def test_missing_tracker_names_the_extra(tiny, tmp_path: Path, monkeypatch) -> N
     from ultra.train import metrics
 
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"trackio not installed; pip install 'ultra\[track\]'"):
+    with pytest.raises(UserError, match=r"trackio not installed; run pip install '.\[track\]'"):
         tiny.run(tmp_path, log_to=("trackio",))
 
 
