@@ -92,6 +92,18 @@ def doctor(args: argparse.Namespace) -> int:
     return code
 
 
+def verify(args: argparse.Namespace) -> int:
+    from ultra.train.checkpoint import verify as run
+
+    results = run(args.path)
+    for path, damage in results.items():
+        print(f"{path}  {'whole' if damage is None else f'DAMAGED: {damage}'}")
+    damaged = sum(damage is not None for damage in results.values())
+    if damaged:
+        print(f"{damaged} of {len(results)} checkpoints damaged; training resumes from the newest whole one")
+    return 1 if damaged else 0
+
+
 def schema(args: argparse.Namespace) -> int:
     from ultra.config.schema import schema_yaml
 
@@ -162,6 +174,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, metavar="FILE", help=".npy file; default: JSON lines on stdout")
     sub = command("estimate", estimate, "parameters, memory and disk space of CONFIG, without training")
     config_arguments(sub)
+    sub = command("verify", verify, "compare every byte of a run's checkpoints with their checksums")
+    sub.add_argument("path", metavar="PATH", type=Path, help="a run folder or one of its checkpoints")
     command("doctor", doctor, "what is installed, which backends run, and what would fix the rest")
     command("schema", schema, "the JSON Schema of the configuration, as YAML")
     config = commands.add_parser("config", help="about the fields of a configuration")

@@ -96,9 +96,13 @@ def _write(
         _sync(file)
     entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = path / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
+    manifest.write_text(_manifest_text(entries), encoding="utf-8")
     _sync(manifest)
     _sync(path)
+
+
+def _manifest_text(entries: dict[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "files": entries}, indent=1)
 
 
 def clean(run_dir: Path) -> None:
@@ -110,9 +114,10 @@ def clean(run_dir: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Why the folder is not a whole checkpoint, or None. Reads every file."""
+    """Why the folder is not a whole checkpoint, or None. Reads every file: no changed byte stays unseen."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, this version reads {FORMAT}"
         for name, entry in manifest["files"].items():
@@ -124,9 +129,30 @@ def damage(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
         if missing := {"model.safetensors", "state.json", "config.yaml"} - set(manifest["files"]):
             return f"its manifest lacks {', '.join(sorted(missing))}"
+        if text != _manifest_text(manifest["files"]):  # white space: JSON reads it alike
+            return "manifest.json is not as it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest or a file of it cannot be read ({type(error).__name__}: {error})"
     return None
+
+
+def verify(path: Path) -> dict[Path, str | None]:
+    """Checkpoint folder -> its damage or None, for a checkpoint or for every one of a run folder.
+
+    Raises CheckpointError when `path` holds no checkpoint at all.
+    """
+    if (path / "checkpoints").is_dir():
+        found = [folder(path, step) for step in steps(path)]
+        if not found:
+            raise CheckpointError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
+    elif (path / "manifest.json").exists() or (path / "state.json").exists():
+        found = [path]
+    elif (path / "model.safetensors").is_file():
+        raise CheckpointError(f"{path}: weights without a manifest.json, so there is nothing to compare them with")
+    else:
+        what = "no such folder" if not path.exists() else "neither a run folder (checkpoints/) nor a checkpoint"
+        raise CheckpointError(f"{path}: {what}; a token cache is checked by `ultra cache verify`")
+    return {each: damage(each) for each in found}
 
 
 def latest(run_dir: Path) -> Path | None:
