@@ -7,13 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from ultra.config.fields import ModelFields, Problem
 from ultra.ffn.dense import inner_width
-from ultra.layers.linear import RMSNorm, init_normal_
-from ultra.layers.module import Component, wide
-from ultra_kernels import MoEStats, moe_ffn
+from ultra.layers.linear import RMSNorm
+from ultra.layers.module import Component
+from ultra_kernels import MoEStats, nn
 
 
 class MoEFFNFields(ModelFields):
@@ -44,53 +43,28 @@ class MoEFFNFields(ModelFields):
             )
 
 
-class MoEFFN(Component):
-    """y_t = sum over the top-k experts e of g_te · FFN_e(x_t), g from a softmax router in float32."""
-
+class MoEFFN(nn.MoE, Component):
     Fields: ClassVar[type[ModelFields]] = MoEFFNFields
     param_group: ClassVar[str] = "other"
-    select_bias: torch.Tensor | None
     no_galore: ClassVar[frozenset[str]] = frozenset({"router.weight"})
 
     def __init__(self, cfg: MoEFFNFields) -> None:
-        super().__init__()
-        D, E, F = cfg.hidden_size, cfg.num_experts, inner_width(cfg)
-        self.top_k, self.activation, self.gated = cfg.top_k_experts, cfg.ffn_activation, cfg.ffn_gated
-        self.normalize_gates, self.bitnet, self.bitnet_scale = cfg.norm_topk, cfg.use_bitnet, cfg.bitnet_scale
-        self.router = nn.Linear(D, E, bias=False)
-        self.w_in = nn.Parameter(torch.empty(E, 2 * F if self.gated else F, D))
-        self.w_out = nn.Parameter(torch.empty(E, D, F))
-        self.sub_norm = RMSNorm(F, 1e-6) if self.bitnet else None
-        init_normal_(self.router.weight, cfg)
-        init_normal_(self.w_in, cfg)
-        init_normal_(self.w_out, cfg, residual_out=True)
+        F = inner_width(cfg)
         by_bias = cfg.moe_balance in ("bias", "both")
+        super().__init__(
+            cfg.hidden_size, F, cfg.num_experts, cfg.top_k_experts, activation=cfg.ffn_activation,
+            gated=cfg.ffn_gated, normalize_gates=cfg.norm_topk, balance_bias=by_bias, bitnet=cfg.use_bitnet,
+            bitnet_scale=cfg.bitnet_scale, init_std=cfg.init_std, layers=cfg.num_layers * cfg.num_loops,
+        )  # fmt: skip
+        self.sub_norm = RMSNorm(F, 1e-6) if self.bitnet else None
         self.bias_rate = cfg.moe_bias_rate if by_bias else 0.0
         self.aux_weight = cfg.moe_aux_loss if cfg.moe_balance in ("aux", "both") else 0.0
         self.z_weight = cfg.moe_z_loss
-        self.register_buffer("select_bias", torch.zeros(E) if by_bias else None)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            logits = wide(rows) @ wide(self.router.weight).t()
-        y, stats = moe_ffn(
-            rows, logits, self.w_in, self.w_out, top_k=self.top_k, activation=self.activation, gated=self.gated,
-            normalize_gates=self.normalize_gates, select_bias=self.select_bias,
-            sub_norm=None if self.sub_norm is None else self.sub_norm.weight, bitnet=self.bitnet,
-            bitnet_scale=self.bitnet_scale,
-        )  # fmt: skip
-        return y.view(x.shape), stats
 
     def auxiliary_loss(self, stats: MoEStats) -> torch.Tensor:
-        """aux · E Σ_e f_e P_e + z · mean(logsumexp²); f the routed share of tokens, P the mean probability."""
-        share = stats.counts.float() / stats.counts.sum().clamp(min=1)
-        balance = len(share) * (share * stats.mean_prob).sum()
-        return self.aux_weight * balance + self.z_weight * stats.z
+        """moe_aux_loss · E Σ_e f_e P_e + moe_z_loss · mean(logsumexp²)."""
+        return self.aux_weight * self.balance_loss(stats) + self.z_weight * stats.z
 
-    @torch.no_grad()
     def update_bias(self, counts: torch.Tensor) -> None:
-        """Moves the selection bias of every expert towards the mean load (arXiv:2408.15664); counts `[E]`."""
-        if self.select_bias is not None:
-            load = counts.float()
-            self.select_bias += self.bias_rate * torch.sign(load.mean() - load)
+        """Moves the selection bias of every expert towards the mean load; counts `[E]`."""
+        self.update_select_bias(counts, self.bias_rate)

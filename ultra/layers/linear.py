@@ -5,45 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import ultra_kernels.nn
 from ultra.config.fields import ModelFields
-from ultra.layers.module import Component, wide
-from ultra_kernels import bitlinear
+from ultra.layers.module import Component
 
 
-class RMSNorm(Component):
-    """weight · x / sqrt(mean(x²) + eps) over the last axis, statistics in float32 (arXiv:1910.07467).
-
-    Where a formula needs a norm whatever `norm_type` says: per head in retention, queries and keys, inside BitLinear.
-    """
+class RMSNorm(ultra_kernels.nn.RMSNorm, Component):
+    """Where a formula needs a norm whatever `norm_type` says: per head in retention and attention, in BitLinear."""
 
     param_group = "norms"
 
-    def __init__(self, dim: int, eps: float, *, affine: bool = True) -> None:
-        super().__init__()
-        self.dim, self.eps = dim, eps
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = None if self.weight is None else wide(self.weight)
-        return torch.nn.functional.rms_norm(wide(x), (self.dim,), weight, self.eps).to(x.dtype)
-
-
-class BitLinear(nn.Module):
-    """y = Q8(norm(x)) · Q1.58(W)ᵀ with straight-through gradients (BitNet b1.58, arXiv:2402.17764).
-
-    norm: RMSNorm of the input in the same pass (SubLN) or none. No bias, so that `use_bitnet` changes no other
-    parameter of the architecture.
-    """
+class BitLinear(ultra_kernels.nn.BitLinear):
+    """Without a bias, so that `use_bitnet` changes no other parameter of the architecture; norm: SubLN."""
 
     def __init__(self, cfg: ModelFields, in_features: int, out_features: int, *, norm: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(in_features, out_features, bias=False, scale=cfg.bitnet_scale)
         self.norm = RMSNorm(in_features, 1e-6) if norm else None
-        self.scale = cfg.bitnet_scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm_weight = None if self.norm is None else self.norm.weight
-        return bitlinear(x, self.weight, norm_weight=norm_weight, scale=self.scale)
 
 
 def make_linear(

@@ -65,7 +65,7 @@ class RetNet(Mixer):
         )
         self.chunk_size = cfg.retention_chunk
         self.qkvg = make_linear(cfg, D, 2 * self.H * (self.K + self.V))
-        self.head_norm = RMSNorm(self.V, cfg.rms_norm_eps, affine=False)
+        self.head_norm = RMSNorm(self.V, cfg.rms_norm_eps, elementwise_affine=False)
         self.out = make_linear(cfg, self.H * self.V, D, sub_norm=True, residual_out=True)
         first, last = cfg.retention_window
         gamma = 1 - 1 / torch.logspace(math.log2(first), math.log2(last), self.H, base=2.0)

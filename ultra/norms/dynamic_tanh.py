@@ -4,33 +4,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import nn
-
 from ultra.config.fields import ModelFields
 from ultra.layers.module import Component
 from ultra.norms.site import Site
-from ultra_kernels import dyt
+from ultra_kernels import nn
 
 
 class DynamicTanhFields(ModelFields):
     """None of its own."""
 
 
-class DynamicTanh(Component):
+class DynamicTanh(nn.DyT, Component):
     Fields: ClassVar[type[ModelFields]] = DynamicTanhFields
     param_group: ClassVar[str] = "norms"
     no_decay: ClassVar[frozenset[str]] = frozenset({"alpha"})
 
     def __init__(self, cfg: DynamicTanhFields, dim: int, site: Site) -> None:
-        super().__init__()
-        alpha = initial_alpha(dim, site) if cfg.norm_alpha_init == "auto" else cfg.norm_alpha_init
-        self.alpha = nn.Parameter(torch.tensor([alpha]))
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dyt(x, self.alpha, self.weight, self.bias)
+        super().__init__(dim, initial_alpha(dim, site) if cfg.norm_alpha_init == "auto" else cfg.norm_alpha_init)
 
 
 def initial_alpha(dim: int, site: Site) -> float:
