@@ -478,8 +478,46 @@ def test_what_going_back_does_not_help_stops_with_a_dump(tiny, tmp_path: Path, m
 def test_bad_from_the_first_step_stops(tiny, tmp_path: Path, monkeypatch, caplog) -> None:
     Poison(tiny, monkeypatch, range(1000))
     assert tiny.run(tmp_path, max_nan_retries=1) == 1
-    assert "there is no good checkpoint" in caplog.text
+    assert "going back to step 0 did not help" in caplog.text
     assert checkpoint.steps(tmp_path) == []
+
+
+def test_bad_windows_before_the_first_checkpoint_go_back_to_the_start(
+    tiny, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    Poison(tiny, monkeypatch, {2})  # steps 1 and 2 move the weights, the third is bad
+    original, seen = trainer.Trainer.reset, []
+
+    def reset(self):
+        moved = checkpoint.model_tensors(self.model)["left.weight"].clone()
+        original(self)
+        seen.append((moved, checkpoint.model_tensors(self.model), dict(self.optimizer.state_tensors())))
+
+    monkeypatch.setattr(trainer.Trainer, "reset", reset)
+    with caplog.at_level(logging.WARNING):
+        settings = {"max_nan_retries": 1, "scheduler_type": "constant", "nan_check_interval": 1}
+        assert tiny.run(tmp_path, **settings) == 0
+    assert "went back from step 3 to 0; all rates are now 0.5 of the configured" in caplog.text
+    (moved, weights, moments), first = seen[0], trainer.fresh_model(tiny.config())
+    assert not moments and not torch.equal(moved, weights["left.weight"])
+    found = [row for row in rows(tmp_path) if "loss" in row]
+    assert [row["step"] for row in found] == list(range(1, 13)) and {row["lr"] for row in found} == {5e-3}
+    assert checkpoint.read_state(checkpoint.latest(tmp_path))["data_step"] == 15
+    assert weights.keys() == checkpoint.model_tensors(first).keys()
+
+
+def test_reset_gives_the_first_weights_again(tiny, tmp_path: Path) -> None:
+    cfg = tiny.config()
+    t = trainer.Trainer(cfg, tmp_path, trainer.fresh_model(cfg), tiny.Data(cfg), CPU, StopFlag())
+    first = {name: w.clone() for name, w in checkpoint.model_tensors(t.model).items()}
+    t.gate.norms[0] = 1.0
+    with torch.no_grad():
+        for param in t.model.parameters():
+            param += 1
+    t.state.step = 9
+    t.reset()
+    assert all(torch.equal(w, first[name]) for name, w in checkpoint.model_tensors(t.model).items())
+    assert t.state == trainer.State() and t.gate.norms.isnan().all()
 
 
 def test_a_faulty_kernel_switches_to_the_reference_ops(tiny, tmp_path: Path, monkeypatch, caplog) -> None:

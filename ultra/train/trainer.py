@@ -22,7 +22,7 @@ import ultra_kernels
 from ultra.config.run import RunConfig
 from ultra.data import Batch, CorpusData, Interrupted, open_data
 from ultra.errors import UserError
-from ultra.model import build_model
+from ultra.model import Encoder, build_model
 from ultra.train import checkpoint, health
 from ultra.train.evaluation import evaluate
 from ultra.train.metrics import MetricsLog, log_to_folder, open_trackers
@@ -236,9 +236,8 @@ class Trainer:
         """The policy for the window of steps since the last look; every bad one of them was skipped already.
 
         A non-finite step is run again on the reference ops in fp32: when that is finite, the run goes on with
-        them. After max_nan_retries bad windows in a row the run goes back to its last good checkpoint at half
-        the rates and passes over the samples; when that checkpoint was gone back to before, or there is none,
-        Diverged.
+        them. After max_nan_retries bad windows in a row the run goes back to its last good checkpoint, or to the
+        start, at half the rates and passes over the samples; where it went back to before, Diverged.
         """
         window, self.made = self.made, []
         faults = [made for made in window if made.fault]
@@ -275,24 +274,27 @@ class Trainer:
         self.state.reference_ops, self.state.bad_windows = True, 0
 
     def go_back(self, batches: list[Batch]) -> None:
+        """To the last good checkpoint, or to the start where there is none, at half the rates."""
         s = self.state
-        for step in reversed(checkpoint.steps(self.run_dir)):
-            path = checkpoint.folder(self.run_dir, step)
-            if checkpoint.damage(path) is None and checkpoint.read_state(path)["bad_windows"] == 0:
+        step, path = 0, None
+        for candidate in reversed(checkpoint.steps(self.run_dir)):
+            folder = checkpoint.folder(self.run_dir, candidate)
+            if checkpoint.damage(folder) is None and checkpoint.read_state(folder)["bad_windows"] == 0:
+                step, path = candidate, folder
                 break
-        else:
-            step = -1
-        if step in (-1, s.rolled_back_to):
+        if step == s.rolled_back_to:
             dump = self.run_dir / f"dump-step-{s.step:08d}"
             health.dump(dump, self.model, batches)
-            reason = "there is no good checkpoint" if step == -1 else f"going back to step {step} did not help"
             raise Diverged(
-                f"stopped at step {s.step}: {s.bad_windows} bad windows in a row and {reason}. The last bad "
-                f"batches and figures per parameter are in {dump}. Try lower rates, a longer warm-up, or a "
-                "smaller grad_clip_max_norm"
+                f"stopped at step {s.step}: {s.bad_windows} bad windows in a row, and going back to step {step} did "
+                f"not help. The last bad batches and figures per parameter are in {dump}. Try lower rates, a longer "
+                "warm-up, or a smaller grad_clip_max_norm"
             )
         now = dataclasses.replace(s)
-        self.restore(path)
+        if path is None:
+            self.reset()
+        else:
+            self.restore(path)
         s.data_step, s.skipped, s.reference_ops = now.data_step, now.skipped, now.reference_ops
         s.lr_scale, s.rolled_back_to = now.lr_scale / 2, step
         checkpoint.set_aside_after(self.run_dir, step)
@@ -300,6 +302,19 @@ class Trainer:
         self.metrics.truncate(step)
         self.metrics.skip_time(s.tokens)
         log.warning("went back from step %d to %d; all rates are now %g of the configured", now.step, step, s.lr_scale)
+
+    def reset(self) -> None:
+        """Everything back to step 0: the first weights, no moments."""
+        first = fresh_model(self.cfg)
+        if self.training.init_from is not None:
+            checkpoint.load_model_weights(Path(self.training.init_from), first)
+        checkpoint.copy_into(self.model, checkpoint.model_tensors(first), self.run_dir)
+        self.optimizer.load_state_tensors({})
+        self.gate = health.Gate(self.training.inf_post_clip_threshold, self.device)
+        self.scale = LossScale(self.amp_dtype, self.device)
+        for field in dataclasses.fields(State):
+            setattr(self.state, field.name, getattr(State(), field.name))
+        self.saved, self.made = 0, []
 
     # Evaluation and checkpoints
 
@@ -419,6 +434,12 @@ def counter_seed(*counters: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def fresh_model(cfg: RunConfig) -> Encoder:
+    """The model with the first weights of a run: a function of the config alone."""
+    torch.manual_seed(counter_seed(cfg.training.seed, -1, 0, 0))
+    return build_model(cfg)
+
+
 def versions() -> dict[str, str]:
     return {
         "ultra": ultra_kernels.__version__,
@@ -465,8 +486,7 @@ def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
 
 def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> int:
     device = pick_device(cfg.training.device)
-    torch.manual_seed(counter_seed(cfg.training.seed, -1, 0, 0))
-    model = build_model(cfg)
+    model = fresh_model(cfg)
     count = sum(p.numel() for p in model.parameters())
     log.info("ultra %(ultra)s, torch %(torch)s, Python %(python)s", versions())
     log.info("%s parameters on %s, run folder %s", f"{count:,}", device, run_dir)
