@@ -15,13 +15,14 @@ import pytest
 from ultra.data import CorpusData, Interrupted, open_data
 from ultra.data import cache as cache_module
 from ultra.data.cache import Filler, Unit
+from ultra.data.encode import text_hash
 from ultra.data.sources import FileSource
 from ultra.errors import UserError
 
 
 def contents(data: CorpusData) -> list[bytes]:
     """The bytes of every unit, in order."""
-    cache = data._cache
+    cache = data.corpora[0].cache
     return [
         b"".join(cache.folder.joinpath(unit.name + end).read_bytes() for end in (".bin", ".idx.npy"))
         for unit in cache.units
@@ -59,10 +60,10 @@ def fail_in_unit(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 def test_units_hold_the_documents_in_order(make_cfg, texts: list[str]) -> None:
     data = open_data(make_cfg(stream_local_parquet=False))
-    assert [u.documents for u in data._cache.units] == [100, 100, 60]
+    assert [u.documents for u in data.corpora[0].cache.units] == [100, 100, 60]
     got = []
-    for unit in data._cache.units:
-        tokens, (offsets, _) = data._cache.tokens(unit), data._cache.index(unit)
+    for unit in data.corpora[0].cache.units:
+        tokens, (offsets, _) = data.corpora[0].cache.tokens(unit), data.corpora[0].cache.index(unit)
         assert tokens.dtype == np.uint16 and offsets[-1] == len(tokens)
         for a, b in itertools.pairwise(offsets):
             assert tokens[a] == data.cls_id and tokens[b - 1] == data.sep_id
@@ -137,18 +138,21 @@ def test_refill_replaces_content_that_only_looks_right(make_cfg, whole: list[byt
 
 def test_changed_content_gets_another_cache(make_cfg, corpus: Path) -> None:
     cfg = make_cfg(stream_local_parquet=False)
-    first = open_data(cfg)._cache.folder
+    first = open_data(cfg).corpora[0].cache.folder
     path = corpus / "part-1.jsonl"
     path.write_text(path.read_text(encoding="utf-8") + '{"body": "one more"}\n', encoding="utf-8")
     data = open_data(cfg)
-    assert data._cache.folder != first
-    assert sum(u.documents for u in data._cache.units) == 261
-    assert open_data(make_cfg(max_length=50, mlm_probability=0.4, seed=3))._cache.folder == data._cache.folder
+    assert data.corpora[0].cache.folder != first
+    assert sum(u.documents for u in data.corpora[0].cache.units) == 261
+    assert (
+        open_data(make_cfg(max_length=50, mlm_probability=0.4, seed=3)).corpora[0].cache.folder
+        == data.corpora[0].cache.folder
+    )
 
 
 def test_max_samples_is_a_prefix_and_can_grow(make_cfg, texts: list[str], tmp_path: Path, whole) -> None:
     open_data(make_cfg(cache_dir=str(tmp_path / "t"), stream_local_parquet=False))
-    [tokenizer] = (tmp_path / "t" / "tokenizers").iterdir()  # one for all: training it follows max_samples
+    [tokenizer] = (tmp_path / "t" / "tokenizers").glob("*.json")  # one for all: training it follows max_samples
     for limit, units in (
         (30, [30]),
         (150, [100, 50]),
@@ -157,10 +161,10 @@ def test_max_samples_is_a_prefix_and_can_grow(make_cfg, texts: list[str], tmp_pa
         (10**6, [100, 100, 60]),
     ):
         data = open_data(make_cfg(tokenizer=str(tokenizer), max_samples=limit, stream_local_parquet=False))
-        assert [u.documents for u in data._cache.units] == units
-        assert data._cache.complete
-        hashes = np.concatenate([data._cache.index(u)[1] for u in data._cache.units])
-        assert hashes.tolist() == [cache_module.text_hash(t) for t in texts[:limit]]
+        assert [u.documents for u in data.corpora[0].cache.units] == units
+        assert data.corpora[0].cache.complete
+        hashes = np.concatenate([data.corpora[0].cache.index(u)[1] for u in data.corpora[0].cache.units])
+        assert hashes.tolist() == [text_hash(t) for t in texts[:limit]]
     assert contents(data) == whole
 
 
@@ -227,9 +231,9 @@ def test_two_processes_fill_one_cache(make_cfg, whole: list[bytes]) -> None:
 
 def test_a_second_filler_takes_over_from_a_dead_one(make_cfg, whole: list[bytes], monkeypatch) -> None:
     data = open_data(make_cfg(stream_local_parquet=False))
-    folder = data._cache.folder
+    folder = data.corpora[0].cache.folder
     (folder / "manifest.json").unlink()
-    lock = data._cache.lock()
+    lock = data.corpora[0].cache.lock()
     lock.acquire()
     waiting = open_data_in_thread(make_cfg())
     waiting.join(0.5)
@@ -266,7 +270,7 @@ def test_skipped_rows_are_counted_once_over_a_resume(make_cfg, corpus: Path, mon
         with pytest.raises(Killed):
             open_data(cfg)
     data = open_data(cfg)
-    assert data._cache.skipped == {"part-0.jsonl: null": 3}
+    assert data.corpora[0].cache.skipped == {"part-0.jsonl: null": 3}
     assert any("skipped" in m and "part-0.jsonl: null" in m for m in caplog.messages)
 
 

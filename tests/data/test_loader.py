@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ultra.data import Batch, CorpusData, open_data
-from ultra.data.cache import Filler, text_hash
+from ultra.data.cache import Filler
+from ultra.data.encode import text_hash
 from ultra.data.windows import SampleOrder, Split, make_split
 from ultra.errors import UserError
 
@@ -41,9 +42,9 @@ def original(batch: Batch) -> np.ndarray:
 def documents(data: CorpusData, validation: bool) -> list[list[np.ndarray]]:
     """Per unit the "[CLS] document [SEP]" of one split, straight from the shards."""
     result = []
-    for unit in data._cache.units:
-        tokens, (offsets, hashes) = data._cache.tokens(unit), data._cache.index(unit)
-        chosen = data._split.is_validation(hashes) == validation
+    for unit in data.corpora[0].cache.units:
+        tokens, (offsets, hashes) = data.corpora[0].cache.tokens(unit), data.corpora[0].cache.index(unit)
+        chosen = data.corpora[0].split.is_validation(hashes) == validation
         pairs = zip(offsets[:-1], offsets[1:], chosen, strict=True)
         result.append([tokens[a:b].astype(np.int64) for a, b, c in pairs if c])
     return result
@@ -57,7 +58,7 @@ def data(make_cfg):
 
 
 def epoch_windows(data: CorpusData) -> int:
-    return int(data._train_counts().sum())
+    return int(data.corpora[0].train_counts().sum())
 
 
 def one_epoch(data: CorpusData, start: int = 0) -> list[np.ndarray]:
@@ -190,7 +191,7 @@ def test_order_does_not_depend_on_the_filling(make_cfg, data: CorpusData, monkey
 
     monkeypatch.setattr(Filler, "_write_unit", gated)
     slow = open_data(make_cfg(cache_dir=str(tmp_path / "slow")))
-    assert len(slow._cache.units) == 1 and not slow._cache.complete
+    assert len(slow.corpora[0].cache.units) == 1 and not slow.corpora[0].cache.complete
     got = []
     stream = slow.train_batches(0)
     for step in range(40):
@@ -240,8 +241,8 @@ def test_evaluation_windows(make_cfg, data: CorpusData) -> None:
 
 def test_split_is_by_text_and_survives_added_documents(make_cfg, data: CorpusData, corpus: Path, texts) -> None:
     def validation(d: CorpusData) -> set[int]:
-        hashes = np.concatenate([d._cache.index(u)[1] for u in d._cache.units])
-        return set(hashes[d._split.is_validation(hashes)].tolist())
+        hashes = np.concatenate([d.corpora[0].cache.index(u)[1] for u in d.corpora[0].cache.units])
+        return set(hashes[d.corpora[0].split.is_validation(hashes)].tolist())
 
     before = validation(data)
     assert 0.02 * 260 < len(before) < 0.2 * 260
@@ -309,11 +310,9 @@ def test_order_visits_each_window_once_an_epoch_whatever_is_empty() -> None:
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
-    from ultra.data.cache import TokenCache
+    from ultra.data.cache import token_dtype
 
-    for size, dtype in ((65535, np.uint16), (65536, np.uint32)):
-        cache = TokenCache(Path("x"), vocab_size=size, documents_per_unit=1, max_documents=1)
-        assert cache.dtype == dtype
+    assert token_dtype(65535) == np.uint16 and token_dtype(65536) == np.uint32
 
 
 def test_builtin_corpus_end_to_end(make_cfg) -> None:

@@ -154,8 +154,9 @@ def _validate(document: Document, source: str, errors: list[Located]) -> RunConf
             parts[section] = fields.model_validate(values)
         except ValidationError as error:
             for path, message in _messages(error, section, fields, values):
-                place = document.places.get(path) or document.places.get(path[:2])
-                errors.append(Located(place or document.places.get((section,), start), f"{dotted(path)}: {message}"))
+                known = (document.places.get(path[:length]) for length in range(len(path), 0, -1))
+                place = next((place for place in known if place is not None), start)
+                errors.append(Located(place, f"{dotted(path)}: {message}"))
             parts[section] = fields()
     try:
         config = RunConfig.model_validate(parts)
@@ -172,28 +173,51 @@ def _messages(
 
     pydantic reports a union once per member, and beside a wrong item the list as too short: both are merged.
     """
-    properties = json_schema()["$defs"][fields.__name__]["properties"]
+    top = json_schema()["$defs"][fields.__name__]
     seen: set[KeyPath] = set()
     items_first = sorted(error.errors(), key=lambda found: -len(found["loc"]))
     for found in items_first:
+        loc: KeyPath = found["loc"]
         if isinstance(problem := found.get("ctx", {}).get("error"), FieldProblems):
-            yield from (((section, field), message) for field, message in problem.problems)
+            yield from (((section, *loc, field), message) for field, message in problem.problems)
             continue
-        name = str(found["loc"][0])
         if found["type"] == "extra_forbidden":
-            yield (section, name), _unknown(name, section, values[name])
+            _, parent, schema = _descend(loc[:-1], values, top)
+            name = str(loc[-1])
+            if len(loc) == 1:
+                yield (section, name), _unknown(name, section, parent[name])
+            else:
+                yield (section, *loc), _unknown_inside(name, schema)
             continue
-        # Inside a list, the place of the item: its index follows the field's name.
-        path: KeyPath = (section, name)
-        value, schema = values[name], properties[name]
-        index = next((part for part in found["loc"][1:] if isinstance(part, int)), None)
-        items = _items(schema)
-        if index is not None and isinstance(value, list) and len(items) in (0, len(value)):
-            value, path = value[index], (section, name, index)
-            schema = items[index] if items else schema["items"]
+        path, value, schema = _descend(loc, values, top)
+        path = (section, *path)
         if path not in seen:
-            seen |= {path, path[:2]}
+            seen |= {path[:length] for length in range(2, len(path) + 1)}
             yield path, _wrong(value, schema)
+
+
+def _descend(loc: KeyPath, value: Any, schema: dict[str, Any]) -> tuple[KeyPath, Any, dict[str, Any]]:
+    """(path, value there, its schema) as far as pydantic's `loc`, which goes on into unions, is one of the YAML."""
+    path: KeyPath = ()
+    for part in loc:
+        if isinstance(part, str) and isinstance(value, dict) and part in schema.get("properties", {}):
+            if part not in value:  # a field that another one needs
+                break
+            value, schema = value[part], _resolve(schema["properties"][part])
+        elif isinstance(part, int) and isinstance(value, list):
+            items = _items(schema)
+            if len(items) not in (0, len(value)):  # a list of the wrong length is at fault as a whole
+                break
+            value, schema = value[part], items[part] if items else _resolve(schema["items"])
+        else:
+            break
+        path = (*path, part)
+    return path, value, schema
+
+
+def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
+    name = schema.get("$ref", "").removeprefix("#/$defs/")
+    return dict(json_schema()["$defs"][name]) if name else schema
 
 
 def _unknown(name: str, section: str, value: Any) -> str:
@@ -217,6 +241,13 @@ def _unknown(name: str, section: str, value: Any) -> str:
         if guess := _near(name, fields.model_fields):
             return f"unknown field; did you mean {other}.{guess}?"
     return "unknown field; `ultra schema` lists them all"
+
+
+def _unknown_inside(name: str, schema: dict[str, Any]) -> str:
+    """Of a key inside a list's entry."""
+    known = schema.get("properties", {})
+    guess = _near(name, known)
+    return f"unknown field; did you mean {guess!r}?" if guess else f"unknown field; allowed: {', '.join(known)}"
 
 
 def _wrong(value: Any, schema: dict[str, Any]) -> str:
@@ -255,7 +286,9 @@ def allowed(schema: dict[str, Any]) -> str:
         if items := _items(schema):
             return f"a list of {len(items)}, each {allowed(items[0])}"
         at_least = f" of {schema['minItems']} or more" if "minItems" in schema else ""
-        return f"a list{at_least}, each {allowed(schema['items'])}"
+        return f"a list{at_least}, each {allowed(_resolve(schema['items']))}"
+    if "properties" in schema:
+        return f"a map with some of {', '.join(schema['properties'])}"
     limits = [
         f"{sign} {schema[key]}"
         for key, sign in [

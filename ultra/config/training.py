@@ -24,6 +24,34 @@ class GroupOptim(NamedTuple):
     eps: float
 
 
+class SourceFields(Fields):
+    """One of several sources: a path, a Hugging Face dataset or the built-in corpus."""
+
+    path: str | None = Field(
+        None, min_length=1, description="Folder of .parquet, .txt, .jsonl or .csv files, or one such file."
+    )
+    dataset_name: str | None = Field(None, min_length=1, description="Hugging Face dataset.")
+    dataset_config: str | None = Field(None, min_length=1, description="Its configuration.")
+    dataset_split: str = Field("train", min_length=1, description="Its split.")
+    builtin: bool = Field(False, description="The built-in corpus.")
+    text_column: str | None = Field(
+        None, min_length=1, description="Column that holds the text; null: 'text', else the only one of text."
+    )
+    weight: float = Field(1.0, gt=0, description="Its part of the training windows, relative to the other weights.")
+
+    def problems(self) -> Iterator[Problem]:
+        given = [name for name in ("path", "dataset_name", "builtin") if getattr(self, name)]
+        if not given:
+            yield "path", "a source needs one of path, dataset_name, builtin: true"
+        elif len(given) > 1:
+            yield (
+                given[1],
+                f"set beside {given[0]}; a source has one of path, dataset_name, builtin: make it two entries",
+            )
+        elif self.dataset_config and not self.dataset_name:
+            yield "dataset_config", "belongs to a dataset_name, which this source has not"
+
+
 class DataFields(Fields):
     """What is read, and how it becomes batches."""
 
@@ -33,7 +61,11 @@ class DataFields(Fields):
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="Chance of each token to be predicted.")
     max_samples: int = Field(20000000, ge=1, description="Documents to read, training and validation together.")
     dataset_batch_size: int = Field(25000, ge=1, description="Rows tokenised and cached as one unit.")
-    num_workers: int = Field(8, ge=0, description="Threads that tokenise; 0: one.")
+    num_workers: int = Field(
+        8,
+        ge=0,
+        description="Processes that tokenise, as far as there are cores and work for them; 0: in the trainer's own.",
+    )
     cache_dir: str = Field("./temp_data/v2_dataset_cache", min_length=1, description="Folder of the token cache.")
     local_parquet_dir: str | None = Field(
         None,
@@ -53,6 +85,13 @@ class DataFields(Fields):
     dataset_split: str = Field("train", min_length=1, description="Its split.")
     text_column: str | None = Field(
         None, min_length=1, description="Column that holds the text; null: 'text', else the only one of text."
+    )
+    sources: tuple[SourceFields, ...] = Field(
+        (),
+        max_length=1024,
+        description="Several sources instead of local_parquet_dir or dataset_name: a list of maps, such as "
+        "[{path: my/wiki, weight: 3}, {builtin: true}]; each gives its weight's part of the training windows, "
+        "whatever its size: a small one repeats.",
     )
     tokenizer: str | None = Field(
         None,
@@ -163,6 +202,9 @@ class TrainingConfig(GroupFields):
         return self.scheduler_total_steps if self.max_steps is None else self.max_steps
 
     def problems(self) -> Iterator[Problem]:
+        for name in ("local_parquet_dir", "dataset_name", "dataset_config", "text_column") if self.sources else ():
+            if getattr(self, name) is not None:
+                yield name, "set beside sources; move it into an entry of sources, or set it to null"
         if abs(sum(self.mask_strategy) - 1) > 1e-6:
             yield "mask_strategy", f"the shares sum to {sum(self.mask_strategy):g}; they must sum to 1"
         if self.use_galore and self.galore_per_layer and self.gradient_accumulation_steps > 1:

@@ -1,21 +1,25 @@
 """Token shards on disk, keyed by content and filled in units that become visible one at a time.
 
     cache_dir/index.json              source identity -> fingerprint, so that known content is not read again
-    cache_dir/tokenizers/<key>.json   trained tokenizers
+    cache_dir/tokenizers/<key>.json   trained tokenizers, each with its checksum in <key>.json.sha256
     cache_dir/tokens/<key>/           one corpus under one tokenizer
         unit-00000.bin                "[CLS] document [SEP]" end to end; uint16 if the vocabulary allows
         unit-00000.idx.npy            uint64 [documents, 2]: end offset in tokens, hash of the text
-        manifest.json                 the units that count; rewritten atomically after each
+        manifest.json                 the units that count, with checksums; rewritten atomically after each
         fill.lock                     held by the process that fills
 
 A file that the manifest does not name does not exist: a process killed at any moment loses the unit it
 worked on, and the next one goes on at that unit's raw cursor. Every process reads through the manifest
 only, so one fills for all.
+
+manifest.json and index.json carry a checksum of themselves, and `ultra cache verify` compares all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -23,7 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +35,15 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ultra.data.encode import Encoded, Tokenisers
 from ultra.data.sources import Cursor, Skipped, Source
-from ultra.data.tokenizer import Vocabulary
 from ultra.errors import UserError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise when units, documents or their order come out differently
 POLL_S = 0.05
-CHUNK_DOCUMENTS = 256  # documents handed to one tokenising thread at a time ...
+CHUNK_DOCUMENTS = 256  # documents handed to one tokenising process at a time ...
 CHUNK_CHARS = 1 << 20  # ... or fewer, when they are long
 
 
@@ -49,17 +53,30 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Unit:
-    """`documents` texts in one pair of files; `cursor` is the source's position after the last."""
+    """`documents` texts in one pair of files; `cursor` is the source's position after the last.
+
+    characters of the texts, and the sha256 of (.bin, .idx.npy): 0 and empty in caches of earlier versions.
+    """
 
     name: str
     documents: int
     tokens: int
     cursor: Cursor
+    characters: int = 0
+    sha256: tuple[str, ...] = ()
+
+    @staticmethod
+    def read(entry: dict[str, Any]) -> Unit:
+        """From the manifest."""
+        return Unit(**{**entry, "cursor": tuple(entry["cursor"]), "sha256": tuple(entry.get("sha256", ()))})
+
+    @property
+    def files(self) -> tuple[str, str]:
+        return f"{self.name}.bin", f"{self.name}.idx.npy"
 
 
-def text_hash(text: str) -> int:
-    """64 bits of BLAKE2b of the text: its place in the train/validation split, whatever stands around it."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size < 65536 else np.uint32)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -72,12 +89,29 @@ def write_atomic(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def seal(content: dict[str, Any]) -> bytes:
+    """`content` as JSON that carries its own checksum."""
+    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": checksum}, indent=1).encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The content. Raises ValueError when it is no JSON object or its checksum, if it has one, does not fit."""
+    content = json.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    checksum = content.pop("sha256", None)
+    if checksum is not None and checksum != hashlib.sha256(json.dumps(content).encode()).hexdigest():
+        raise ValueError("its checksum does not fit its content")
+    return content
+
+
 class TokenCache:
     """Reads one corpus' folder; cheap to pickle, safe to use from several processes."""
 
-    def __init__(self, folder: Path, *, vocab_size: int, documents_per_unit: int, max_documents: int) -> None:
+    def __init__(self, folder: Path, *, dtype: np.dtype, documents_per_unit: int, max_documents: int) -> None:
         self.folder, self.documents_per_unit, self.max_documents = folder, documents_per_unit, max_documents
-        self.dtype = np.dtype(np.uint16 if vocab_size < 65536 else np.uint32)
+        self.dtype = dtype
         self.units: tuple[Unit, ...] = ()  # usable ones, the last cut to max_documents
         self.complete = False  # no unit will follow for max_documents
         self.skipped: dict[str, int] = {}
@@ -88,19 +122,18 @@ class TokenCache:
 
     def read_manifest(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            return unseal(self.manifest.read_bytes())
         except FileNotFoundError:
             return {"format": FORMAT, "units": [], "exhausted": False, "skipped": {}}
         except ValueError as error:
             raise UserError(f"{self.manifest} is damaged ({error}); delete {self.folder} to fill it again") from error
-        return dict(content)
 
     def refresh(self) -> None:
         """See the units written since. Units never vanish from view: a refill writes the same content
         again.
         """
         content = self.read_manifest()
-        found = [Unit(u["name"], u["documents"], u["tokens"], tuple(u["cursor"])) for u in content["units"]]
+        found = [Unit.read(entry) for entry in content["units"]]
         usable: list[Unit] = []
         left = self.max_documents
         for unit in found:
@@ -109,7 +142,7 @@ class TokenCache:
             whole = unit.documents == self.documents_per_unit or content["exhausted"] or unit.documents >= left
             if left <= 0 or not whole:
                 break
-            usable.append(Unit(unit.name, min(unit.documents, left), unit.tokens, unit.cursor))
+            usable.append(dataclasses.replace(unit, documents=min(unit.documents, left)))
             left -= unit.documents
         complete = left <= 0 or (content["exhausted"] and len(usable) == len(found))
         if len(usable) > len(self.units) or complete:
@@ -131,7 +164,7 @@ class TokenCache:
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Call with fill.lock held."""
-        write_atomic(self.manifest, json.dumps(content, indent=1).encode())
+        write_atomic(self.manifest, seal(content))
 
     def lock(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -174,27 +207,36 @@ class Filler(threading.Thread):
     """Fills a cache in the background until it covers `max_documents` or the source ends.
 
     Any number of processes may run one on the same cache: the lock's holder works, the others watch, and
-    one of them takes over when the holder dies. `workers` threads tokenise (the Rust tokenizer releases the
-    GIL), so no process is forked and the result is the same for any number.
+    one of them takes over when the holder dies. `tokenisers` is shared by the fillers of a run.
+
+    documents and tokens count what the cache holds, the unit in work included; new_tokens those of this filler.
     """
 
-    def __init__(self, cache: TokenCache, source: Source, vocab: Vocabulary, *, workers: int) -> None:
+    def __init__(self, cache: TokenCache, source: Source, tokenisers: Tokenisers, *, limit: int | None = None) -> None:
+        """limit: stop after so many documents, if that is less than the cache's max_documents."""
         super().__init__(name="ultra-cache-fill", daemon=True)
         self.error: BaseException | None = None
+        self.documents = self.tokens = self.new_tokens = 0
+        self.cursor: Cursor | None = None
         self._cache = TokenCache(
             cache.folder,
-            vocab_size=vocab.size,
+            dtype=cache.dtype,
             documents_per_unit=cache.documents_per_unit,
-            max_documents=cache.max_documents,
+            max_documents=min(cache.max_documents, limit or cache.max_documents),
         )
-        self._source, self._vocab, self._workers = source, vocab, max(1, workers)
+        self._source, self._tokenisers = source, tokenisers
         self._stop_asked = threading.Event()
+
+    def ask_to_stop(self) -> None:
+        self._stop_asked.set()
 
     def stop(self) -> None:
         """Ask for the end; the unit in work is given up. Waits for it, but not for a hanging network."""
         self._stop_asked.set()
         if self.is_alive():
             self.join(timeout=10.0)
+        if self.is_alive():  # a tokenising process that does not answer
+            self._tokenisers.close()
 
     def run(self) -> None:
         try:
@@ -217,6 +259,8 @@ class Filler(threading.Thread):
             return
         except BaseException as error:  # handed to the thread that waits for units
             self.error = error
+        finally:
+            self._tokenisers.release()
 
     def _fill(self) -> None:
         # without this, one call would spread over all cores whatever `workers` says, and every later fork
@@ -230,20 +274,21 @@ class Filler(threading.Thread):
         if content["units"] and content["units"][-1]["documents"] < cache.documents_per_unit:
             documents -= content["units"].pop()["documents"]  # cut by a smaller max_samples: read it again, whole
         cursor = tuple(content["units"][-1]["cursor"]) if content["units"] else None
+        self.documents, self.tokens = documents, sum(u["tokens"] for u in content["units"])
         if cursor is not None:
             log.info("cache %s: going on after %d documents", cache.folder.name[:12], documents)
         skipped = Skipped()
         before = dict(content["skipped"])
         rows = self._source.documents(cursor, skipped)
-        start, tokens = time.monotonic(), 0
+        start = time.monotonic()
         while documents < cache.max_documents and not content["exhausted"]:
             wanted = min(cache.documents_per_unit, cache.max_documents - documents)
             unit = self._write_unit(len(content["units"]), rows, wanted, cursor or ())
             content["exhausted"] = unit.documents < wanted
             if unit.documents:
                 content["units"].append(asdict(unit))
-            documents, tokens, cursor = documents + unit.documents, tokens + unit.tokens, unit.cursor
-            content["skipped"] = dict(before)
+            documents, cursor = documents + unit.documents, unit.cursor
+            content["source"], content["skipped"] = self._source.name, dict(before)
             for (where, reason), count in skipped.counts.items():
                 key = f"{where}: {reason}"
                 content["skipped"][key] = content["skipped"].get(key, 0) + count
@@ -252,7 +297,7 @@ class Filler(threading.Thread):
             "cache %s: %d documents, %d new tokens in %.1f s",
             cache.folder.name[:12],
             documents,
-            tokens,
+            self.new_tokens,
             time.monotonic() - start,
         )
         if skipped.counts:
@@ -264,54 +309,48 @@ class Filler(threading.Thread):
         # the number of documents in the name of a cut unit: its longer successor must not overwrite what
         # others read
         name = f"unit-{number:05d}" + ("" if whole else f"-{wanted}")
-        cls, sep = self._vocab.cls_id, self._vocab.sep_id
-        end, ends, hashes = 0, [], []
+        end, characters, ends, hashes = 0, 0, [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
         binary = self._cache.folder / f"{name}.bin"
         temporary = binary.with_name(f".{binary.name}.tmp")
+        checksum = hashlib.sha256()
         with open(temporary, "wb") as file:
-            for texts, after in self._tokenised(rows, wanted):
-                cursor = after
-                for ids, digest in texts:
-                    if len(ids):  # a text that encodes to nothing keeps its place and takes no tokens
-                        file.write(np.concatenate(([cls], ids, [sep])).astype(self._cache.dtype).tobytes())
-                        end += len(ids) + 2
-                    ends.append(end)
-                    hashes.append(digest)
+            for encoded, texts, after in self._tokenised(rows, wanted):
+                file.write(encoded.tokens)
+                checksum.update(encoded.tokens)
+                ends.append(end + np.cumsum(encoded.sizes))
+                hashes.append(encoded.hashes)
+                added = int(encoded.sizes.sum())
+                end, characters, cursor = end + added, characters + sum(map(len, texts)), after
+                self.documents += len(texts)
+                self.tokens, self.new_tokens, self.cursor = self.tokens + added, self.new_tokens + added, cursor
             file.flush()
             os.fsync(file.fileno())
-        if not ends:
+        table = np.column_stack([np.concatenate(ends).astype(np.uint64), np.concatenate(hashes)])
+        if not len(table):
             temporary.unlink()
             return Unit(name, 0, 0, cursor)
-        table = np.column_stack([np.array(ends, dtype=np.uint64), np.array(hashes, dtype=np.uint64)])
-        table_file = binary.with_name(f".{name}.idx.tmp.npy")
-        with open(table_file, "wb") as file:
-            np.save(file, table, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        content = io.BytesIO()
+        np.save(content, table, allow_pickle=False)
+        table_file = self._cache.folder / f"{name}.idx.npy"
         os.replace(temporary, binary)
-        os.replace(table_file, self._cache.folder / f"{name}.idx.npy")
-        return Unit(name, len(ends), end, cursor)
+        write_atomic(table_file, content.getvalue())
+        checksums = checksum.hexdigest(), hashlib.sha256(content.getvalue()).hexdigest()
+        return Unit(name, len(table), end, cursor, characters, checksums)
 
     def _tokenised(
         self, rows: Iterator[tuple[str, Cursor]], wanted: int
-    ) -> Iterator[tuple[list[tuple[np.ndarray, int]], Cursor]]:
-        """Chunks of (ids, hash) in the source's order, while `workers` threads work ahead."""
-
-        def encode(texts: list[str]) -> list[tuple[np.ndarray, int]]:
-            return list(zip(self._vocab.encode_documents(texts), map(text_hash, texts), strict=True))
-
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="ultra-tokenise") as pool:
-            pending: deque[tuple[Future[list[tuple[np.ndarray, int]]], Cursor]] = deque()
-            for texts, cursor in _chunks(rows, wanted):
-                if self._stop_asked.is_set():
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise Interrupted
-                pending.append((pool.submit(encode, texts), cursor))
-                if len(pending) > 2 * self._workers:
-                    future, at = pending.popleft()
-                    yield future.result(), at
-            for future, at in pending:
-                yield future.result(), at
+    ) -> Iterator[tuple[Encoded, list[str], Cursor]]:
+        """Chunks in the source's order, with their texts and the cursor after them, while the tokenisers work ahead."""
+        pending: deque[tuple[Future[Encoded], list[str], Cursor]] = deque()
+        for texts, cursor in _chunks(rows, wanted):
+            if self._stop_asked.is_set():
+                raise Interrupted
+            pending.append((self._tokenisers.submit(texts), texts, cursor))
+            if len(pending) > self._tokenisers.ahead:
+                future, taken, after = pending.popleft()
+                yield future.result(), taken, after
+        for future, taken, after in pending:
+            yield future.result(), taken, after
 
 
 def _chunks(rows: Iterator[tuple[str, Cursor]], wanted: int) -> Iterator[tuple[list[str], Cursor]]:
@@ -368,11 +407,11 @@ class Index:
 
     def put(self, identity: str, fingerprint: str) -> None:
         """Call with the folder's prepare lock held."""
-        write_atomic(self._path, json.dumps(self._read() | {identity: fingerprint}, indent=1).encode())
+        write_atomic(self._path, seal(self._read() | {identity: fingerprint}))
 
     def _read(self) -> dict[str, str]:
         try:
-            return dict(json.loads(self._path.read_text(encoding="utf-8")))
+            return unseal(self._path.read_bytes())
         except FileNotFoundError:
             return {}
         except ValueError:

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import hashlib
 import itertools
-import json
 import logging
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 
-from ultra.data.cache import FORMAT, Filler, Index, Interrupted, TokenCache, Unit, wait_for, write_atomic
+from ultra.data.cache import Filler, TokenCache, Unit, wait_for
+from ultra.data.corpus import Corpus
 from ultra.data.masking import FIXED_MASKS, FRESH_MASKS, IGNORE, Masker
-from ultra.data.sources import Skipped, Source, open_source
-from ultra.data.tokenizer import Vocabulary, load_tokenizer, train_tokenizer
-from ultra.data.windows import Sample, SampleOrder, Split, UnitWindows, make_split
+from ultra.data.mixture import Mixture
+from ultra.data.prepare import OpenedSource, open_caches, start_fillers, stop_fillers
+from ultra.data.tokenizer import Vocabulary
+from ultra.data.windows import SampleOrder, Split, UnitWindows
 from ultra.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_CHARS = 50_000_000  # text that trains a tokenizer, from the start of the source; more changes few merges
 EVAL_SEED = 0x756C747261  # evaluation masks are the same for every run and seed
 EVAL_PROBABILITY = 0.15  # BERT's rate, whatever the run trains with, so that curves compare
 EVAL_STRATEGY = (0.8, 0.1, 0.1)
@@ -83,13 +79,28 @@ def _unpack(
     return Batch(wide, torch.from_numpy(labels)[None], torch.from_numpy(cu_seqlens), longest, len(at), first)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where sample number `index` of the run lies: `window` of unit number `number` of source number `source`."""
+
+    index: int
+    source: int
+    number: int
+    unit: Unit
+    window: int
+
+    @property
+    def fixed_key(self) -> int:
+        """For masks that never change: below 2^12 sources, 2^20 units each (MAX_UNITS), 2^32 windows each."""
+        return (self.source << 52) + (self.number << 32) + self.window
+
+
 class BatchMaker:
-    """(samples, their units) -> Batch: a pure function, run here or in a DataLoader worker."""
+    """Places -> Batch: a pure function, run here or in a DataLoader worker."""
 
     def __init__(
         self,
-        cache: TokenCache,
-        split: Split,
+        parts: list[tuple[TokenCache, Split]],
         masker: Masker,
         *,
         validation: bool,
@@ -97,21 +108,21 @@ class BatchMaker:
         packed: bool,
         fixed: bool,
     ) -> None:
-        self._cache, self._split, self._masker = cache, split, masker
+        self._parts, self._masker = parts, masker
         self._validation, self._length, self._packed, self._fixed = validation, length, packed, fixed
-        self._opened: dict[Unit, tuple[UnitWindows, np.ndarray]] = {}
+        self._opened: dict[tuple[int, Unit], tuple[UnitWindows, np.ndarray]] = {}
 
-    def __call__(self, samples: list[tuple[Sample, Unit]]) -> Batch:
+    def __call__(self, places: list[Place]) -> Batch:
         rows: list[np.ndarray] = []
         borders, cu, keys, at = [0], [np.zeros(1, dtype=np.int64)], [], 0
-        for sample, unit in samples:
-            windows, tokens = self._open(unit)
-            ids, inner = windows.read(tokens, sample.window)
+        for place in places:
+            windows, tokens = self._open(place.source, place.unit)
+            ids, inner = windows.read(tokens, place.window)
             rows.append(ids)
             cu += [inner + at, np.array([at + len(ids)])]
             at += len(ids)
             borders.append(at)
-            keys.append(sample.unit * 2**32 + sample.window if self._fixed else sample.index)
+            keys.append(place.fixed_key if self._fixed else place.index)
         ids = np.concatenate(rows).astype(np.int64)
         inputs, labels = self._masker(ids, np.array(borders), keys)
         cu_seqlens = np.concatenate(cu)
@@ -121,26 +132,27 @@ class BatchMaker:
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=int(np.diff(cu_seqlens).max()),
             num_labelled=int((labels != IGNORE).sum()),
-            first_sample=samples[0][0].index,
+            first_sample=places[0].index,
         )
 
-    def _open(self, unit: Unit) -> tuple[UnitWindows, np.ndarray]:
-        if unit not in self._opened:
-            if len(self._opened) >= 4:  # an epoch's end and the next one's start, with room
+    def _open(self, source: int, unit: Unit) -> tuple[UnitWindows, np.ndarray]:
+        if (source, unit) not in self._opened:
+            if len(self._opened) >= 4 * len(self._parts):  # an epoch's end and the next one's start, with room
                 del self._opened[next(iter(self._opened))]
-            windows = UnitWindows(self._cache, unit, self._split, self._validation, self._length, self._packed)
-            self._opened[unit] = (windows, self._cache.tokens(unit))
-        return self._opened[unit]
+            cache, split = self._parts[source]
+            windows = UnitWindows(cache, unit, split, self._validation, self._length, self._packed)
+            self._opened[source, unit] = (windows, cache.tokens(unit))
+        return self._opened[source, unit]
 
 
 class _Batches(Dataset[Batch]):
-    """The map-style face of a BatchMaker: the index is the list of samples itself."""
+    """The map-style face of a BatchMaker: the index is the list of places itself."""
 
     def __init__(self, make: BatchMaker) -> None:
         self._make = make
 
-    def __getitem__(self, samples: list[tuple[Sample, Unit]]) -> Batch:
-        return self._make(samples)
+    def __getitem__(self, places: list[Place]) -> Batch:
+        return self._make(places)
 
 
 def _identity(batch: Any) -> Any:
@@ -162,30 +174,25 @@ def _close(reference: weakref.ref[CorpusData]) -> None:
 
 
 class CorpusData:
-    """An opened corpus. `waited_s` is the time spent waiting for a cache that is still being filled."""
+    """The opened corpora of a run, one per source."""
 
-    def __init__(
-        self,
-        cfg: RunConfig,
-        vocab: Vocabulary,
-        cache: TokenCache,
-        filler: Filler | None,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        t = cfg.training
+    def __init__(self, cfg: RunConfig, vocab: Vocabulary, mixture: Mixture, corpora: list[Corpus]) -> None:
         self.tokenizer: Tokenizer = vocab.tokenizer
         self.vocabulary = vocab
         self.mask_id, self.pad_id = vocab.mask_id, vocab.pad_id
         self.cls_id, self.sep_id = vocab.cls_id, vocab.sep_id
         self.vocab_size = vocab.size
-        self.waited_s = 0.0
-        self._cfg, self._cache, self._filler, self._should_stop = t, cache, filler, should_stop
-        self._split = make_split(t.val_fraction, cache.index(cache.units[0])[1])
-        self._windows = lru_cache(maxsize=None)(self._count)
-        self._counts = np.empty(0, dtype=np.int64)
+        self.corpora, self.mixture = corpora, mixture
+        self._cfg = cfg.training
+        self._told = False
         # workers ignore SIGTERM, by which multiprocessing would end them at exit: close() must come first
         self._open_iterators: weakref.WeakSet[Generator[list[Batch], None, None]] = weakref.WeakSet()
         atexit.register(_close, weakref.ref(self))
+
+    @property
+    def waited_s(self) -> float:
+        """Time spent waiting for caches that are still being filled."""
+        return sum(corpus.waited_s for corpus in self.corpora)
 
     # ---------------------------------------------------------------- training
 
@@ -222,39 +229,17 @@ class CorpusData:
         while True:
             yield list(itertools.islice(batches, accum))
 
-    def _micro_batches(self, first: int, rank: int, world: int) -> Iterator[list[tuple[Sample, Unit]]]:
-        size, order = self._cfg.batch_size, SampleOrder(self._cfg.seed)
+    def _micro_batches(self, first: int, rank: int, world: int) -> Iterator[list[Place]]:
+        size, orders = self._cfg.batch_size, [SampleOrder(self._cfg.seed) for _ in self.corpora]
         for micro in itertools.count(first):
             start = (micro * world + rank) * size
-            yield [self._locate(order, n) for n in range(start, start + size)]
+            yield [self._locate(orders, n) for n in range(start, start + size)]
 
-    def _locate(self, order: SampleOrder, n: int) -> tuple[Sample, Unit]:
-        sample = order.locate(n, self._train_counts(), self._cache.complete)
-        if sample is None:
-            self._wait(lambda: self._cache.complete or int(self._train_counts().sum()) > n)
-            if not self._train_counts().any():
-                raise UserError(
-                    f"no training documents: training.val_fraction={self._cfg.val_fraction} leaves all "
-                    f"{sum(u.documents for u in self._cache.units)} documents to validation"
-                )
-            sample = order.locate(n, self._train_counts(), self._cache.complete)
-            assert sample is not None
-        return sample, self._cache.units[sample.unit]
-
-    def _train_counts(self) -> np.ndarray:
-        """Training windows of each unit that exists so far."""
-        units = self._cache.units
-        if len(self._counts) != len(units):
-            self._counts = np.array([self._windows(unit)[0] for unit in units], dtype=np.int64)
-        return self._counts
-
-    def _count(self, unit: Unit) -> tuple[int, int]:
-        """(training windows, validation windows) of a unit."""
-        return self._unit_windows(unit, False).count, self._unit_windows(unit, True).count
-
-    def _unit_windows(self, unit: Unit, validation: bool) -> UnitWindows:
-        t = self._cfg
-        return UnitWindows(self._cache, unit, self._split, validation, t.max_length, t.pack_sequences)
+    def _locate(self, orders: list[SampleOrder], n: int) -> Place:
+        source, inside = self.mixture.locate(n)
+        corpus = self.corpora[source]
+        sample = corpus.locate(orders[source], inside)
+        return Place(n, source, sample.unit, corpus.cache.units[sample.unit], sample.window)
 
     def _maker(self, *, validation: bool) -> BatchMaker:
         t = self._cfg
@@ -267,8 +252,7 @@ class CorpusData:
             strategy=EVAL_STRATEGY if validation else t.mask_strategy,
         )
         return BatchMaker(
-            self._cache,
-            self._split,
+            [(corpus.cache, corpus.split) for corpus in self.corpora],
             masker,
             validation=validation,
             length=t.max_length,
@@ -276,62 +260,71 @@ class CorpusData:
             fixed=fixed,
         )
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        self.waited_s += wait_for(self._cache, self._filler, ready, self._should_stop)
-
     # ---------------------------------------------------------------- evaluation
 
     def eval_batches(self) -> Iterator[Batch]:
         """The first `eval_samples` validation windows (all, if fewer), in the corpus' order, with masks
         that never change: 15 %, 80/10/10, own seed. batch_size windows a batch, the last one maybe fewer.
+        Of several sources each gives its weight's part, or all that it has.
 
         Waits until the cache holds enough of them, so that the set does not depend on how far the filling
         has come.
         """
-        wanted = self.eval_windows()
-        windows = (
-            (number, window, unit)
-            for number, unit in enumerate(self._cache.units)
-            for window in range(self._windows(unit)[1])
-        )
-        samples = [
-            (Sample(i, number, window), unit)
-            for i, (number, window, unit) in enumerate(itertools.islice(windows, wanted))
-        ]
+        counts = self._eval_counts()
+        streams = [corpus.validation() for corpus in self.corpora]
+        places: list[Place] = []
+        for n in itertools.count():
+            if len(places) == sum(counts):
+                break
+            source, inside = self.mixture.locate(n)
+            if inside < counts[source]:
+                places.append(Place(len(places), source, *next(streams[source])))
         make = self._maker(validation=True)
-        for start in range(0, len(samples), self._cfg.batch_size):
-            yield make(samples[start : start + self._cfg.batch_size])
+        for start in range(0, len(places), self._cfg.batch_size):
+            yield make(places[start : start + self._cfg.batch_size])
 
     def eval_windows(self) -> int:
         """How many windows eval_batches() gives; waits as it does."""
-        wanted = self._cfg.eval_samples
+        return sum(self._eval_counts())
 
-        def there() -> int:
-            return sum(self._windows(unit)[1] for unit in self._cache.units)
-
-        self._wait(lambda: self._cache.complete or there() >= wanted)
-        return min(wanted, there())
+    def _eval_counts(self) -> list[int]:
+        wanted = self.mixture.counts(self._cfg.eval_samples)
+        pairs = list(zip(self.corpora, wanted, strict=True))
+        counts = [min(share, corpus.validation_windows(share)) for corpus, share in pairs]
+        if len(counts) > 1 and not self._told:
+            self._told = True
+            each = ", ".join(f"{n} of {share} from {c.name}" for (c, share), n in zip(pairs, counts, strict=True))
+            short = any(n < share for n, share in zip(counts, wanted, strict=True))
+            log.log(
+                logging.WARNING if short else logging.INFO,
+                "validation windows: %s%s",
+                each,
+                "; raise val_fraction, or add text, where that is less than its weight's part" if short else "",
+            )
+        return counts
 
     def train_token_counts(self, *, wait: bool = True) -> np.ndarray:
         """How often each id occurs in the training documents, int64 [vocab_size]; special ids, which are
-        never predicted, count 0. Waits for the whole cache, or counts what it holds so far."""
+        never predicted, count 0. Several sources count by weight: scaled so that their totals have its proportions and
+        none becomes smaller. Waits for the whole cache, or counts what it holds so far."""
         if wait:
-            self._wait(lambda: self._cache.complete)
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for unit in self._cache.units:
-            offsets, hashes = self._cache.index(unit)
-            training = np.repeat(~self._split.is_validation(hashes), np.diff(offsets))
-            tokens = self._cache.tokens(unit)[: len(training)]
-            counts += np.bincount(tokens[training], minlength=self.vocab_size)
-        counts[self.vocabulary.special] = 0
-        return counts
+            for corpus in self.corpora:
+                corpus.wait(lambda cache=corpus.cache: cache.complete)  # type: ignore[misc]
+        counts = [corpus.token_counts(self.vocab_size) for corpus in self.corpora]
+        for each in counts:
+            each[self.vocabulary.special] = 0
+        if len(counts) == 1:
+            return counts[0]
+        # training tokens per unit of weight
+        rates = [each.sum() / share for each, share in zip(counts, self.mixture.shares, strict=True)]
+        scaled = [each * (max(rates) / rate) for each, rate in zip(counts, rates, strict=True) if rate]
+        return np.rint(np.sum(scaled, axis=0)).astype(np.int64)
 
     def close(self) -> None:
         """Stop the workers and the background filling; what that has finished stays."""
         for batches in list(self._open_iterators):
             batches.close()
-        if self._filler is not None:
-            self._filler.stop()
+        stop_fillers([corpus.filler for corpus in self.corpora])
 
 
 # -------------------------------------------------------------------- opening
@@ -347,145 +340,50 @@ def open_data(
     Raises UserError for what the user must mend, and Interrupted when should_stop() comes true on the way.
     """
     t = cfg.training
-    cache_dir = Path(t.cache_dir).expanduser()
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"training.cache_dir={cache_dir} cannot be created: {error}") from error
-    source = open_source(cfg)
     # every rank but one takes what rank 0 has just made, also when that one was told to make it anew
-    trust = t.prefer_local_cache or rank > 0
-    with _prepare_lock(cache_dir, should_stop):
-        vocab, cache = _prepare(cfg, source, cache_dir, trust, should_stop)
-    if vocab.size < cfg.model.vocab_size:
-        log.info(
-            "the tokenizer has %d ids; the model keeps its table of %d, whose other rows stay unused",
-            vocab.size,
-            cfg.model.vocab_size,
-        )
-    filler = None
-    if not cache.complete:
-        filler = Filler(cache, source, vocab, workers=t.num_workers)
-        filler.start()
+    opened = open_caches(cfg, should_stop=should_stop, trust=t.prefer_local_cache or rank > 0)
+    fillers = start_fillers(opened, t.num_workers)
     try:
-        wait_for(cache, filler, lambda: cache.complete or bool(cache.units and t.stream_local_parquet), should_stop)
-        if not cache.units:
-            skipped = "; ".join(f"{where} ({count})" for where, count in list(cache.skipped.items())[:20])
-            raise UserError(f"{source.name} holds no readable document" + (f"; skipped: {skipped}" if skipped else ""))
-        data = CorpusData(cfg, vocab, cache, filler, should_stop)
+        corpora = []
+        for part, filler in zip(opened.sources, fillers, strict=True):
+            wait_for_first_unit(part, filler, should_stop, whole=not t.stream_local_parquet)
+            corpora.append(make_corpus(cfg, part, filler, should_stop))
+        data = CorpusData(cfg, opened.vocab, opened.mixture, corpora)
     except BaseException:
-        if filler is not None:
-            filler.stop()
+        stop_fillers(fillers)
         raise
-    log.info(
-        "%s: %d documents%s, vocabulary %d, cache %s",
-        source.name,
-        sum(u.documents for u in cache.units),
-        "" if cache.complete else " so far",
-        vocab.size,
-        cache.folder,
-    )
+    for part, share in zip(opened.sources, opened.mixture.shares, strict=True):
+        log.info(
+            "%s%s: %d documents%s, vocabulary %d, cache %s",
+            part.source.name,
+            f" ({share:.1%} of the training windows)" if len(corpora) > 1 else "",
+            sum(u.documents for u in part.cache.units),
+            "" if part.cache.complete else " so far",
+            opened.vocab.size,
+            part.cache.folder,
+        )
     return data
 
 
-class _prepare_lock:
-    """cache_dir/prepare.lock, waited for while polling should_stop."""
-
-    def __init__(self, cache_dir: Path, should_stop: Callable[[], bool]) -> None:
-        self._lock, self._should_stop = FileLock(cache_dir / "prepare.lock"), should_stop
-
-    def __enter__(self) -> None:
-        while True:
-            if self._should_stop():
-                raise Interrupted
-            try:
-                self._lock.acquire(timeout=0.2)
-                return
-            except Timeout:
-                continue
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+def wait_for_first_unit(
+    part: OpenedSource, filler: Filler | None, should_stop: Callable[[], bool], *, whole: bool = False
+) -> None:
+    """Raises UserError when the source ends without one."""
+    cache = part.cache
+    wait_for(cache, filler, lambda: cache.complete or bool(cache.units and not whole), should_stop)
+    if not cache.units:
+        skipped = "; ".join(f"{where} ({count})" for where, count in list(cache.skipped.items())[:20])
+        raise UserError(f"{part.source.name} holds no readable document" + (f"; skipped: {skipped}" if skipped else ""))
 
 
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _prepare(
-    cfg: RunConfig, source: Source, cache_dir: Path, trust: bool, should_stop: Callable[[], bool]
-) -> tuple[Vocabulary, TokenCache]:
-    index, identity = Index(cache_dir), _key(FORMAT, source.identity())
-    known = index.get(identity) if trust else None
-    if known is not None:
-        vocab, cache = _open_cache(cfg, source, cache_dir, known, trust, should_stop)
-        if cache.complete or source.exact_identity:
-            return vocab, cache
-    fingerprint = source.fingerprint()
-    vocab, cache = _open_cache(cfg, source, cache_dir, fingerprint, trust, should_stop)
-    index.put(identity, fingerprint)
-    return vocab, cache
-
-
-def _open_cache(
-    cfg: RunConfig,
-    source: Source,
-    cache_dir: Path,
-    fingerprint: str,
-    trust: bool,
-    should_stop: Callable[[], bool],
-) -> tuple[Vocabulary, TokenCache]:
+def make_corpus(cfg: RunConfig, part: OpenedSource, filler: Filler | None, should_stop: Callable[[], bool]) -> Corpus:
     t = cfg.training
-    vocab = _vocabulary(cfg, source, cache_dir, fingerprint, trust, should_stop)
-    if vocab.size > cfg.model.vocab_size:
-        raise UserError(
-            f"the tokenizer {t.tokenizer or ''} has {vocab.size} ids, but model.vocab_size is "
-            f"{cfg.model.vocab_size}; set model.vocab_size to {vocab.size} or more"
-        )
-    # the text column is in the fingerprint; units are in the key because the order of samples follows them
-    key = _key(FORMAT, fingerprint, vocab.to_json(), vocab.cls_id, vocab.sep_id, vocab.mask_id, t.dataset_batch_size)
-    cache = TokenCache(
-        cache_dir / "tokens" / key,
-        vocab_size=vocab.size,
-        documents_per_unit=t.dataset_batch_size,
-        max_documents=t.max_samples,
+    return Corpus(
+        part.source.name,
+        part.cache,
+        filler,
+        should_stop,
+        val_fraction=t.val_fraction,
+        length=t.max_length,
+        packed=t.pack_sequences,
     )
-    cache.repair(start_over=not trust)
-    cache.refresh()
-    return vocab, cache
-
-
-def _vocabulary(
-    cfg: RunConfig,
-    source: Source,
-    cache_dir: Path,
-    fingerprint: str,
-    trust: bool,
-    should_stop: Callable[[], bool],
-) -> Vocabulary:
-    """The given tokenizer, or one trained on the source's first max_samples documents and kept in the
-    cache.
-    """
-    t = cfg.training
-    if t.tokenizer is not None:
-        return load_tokenizer(t.tokenizer)
-    key = _key(FORMAT, fingerprint, cfg.model.vocab_size, t.max_samples, TOKENIZER_CHARS)
-    path = cache_dir / "tokenizers" / f"{key}.json"
-    if trust and path.is_file():
-        return load_tokenizer(path)
-    log.info("training a byte-level BPE tokenizer of %d entries on %s", cfg.model.vocab_size, source.name)
-
-    def texts() -> Iterator[str]:
-        chars = 0
-        for text, _ in itertools.islice(source.documents(None, Skipped()), t.max_samples):
-            if should_stop():
-                raise Interrupted
-            yield text
-            chars += len(text)
-            if chars >= TOKENIZER_CHARS:
-                return
-
-    vocab = train_tokenizer(texts(), cfg.model.vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, vocab.to_json().encode())
-    return vocab

@@ -17,14 +17,16 @@ import itertools
 import json
 import logging
 import os
+import stat
 import sys
 import sysconfig
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from ultra.errors import UserError
 
@@ -83,6 +85,10 @@ class Source(abc.ABC):
     def _rows(self, cursor: Cursor | None, skipped: Skipped) -> Iterator[tuple[Any, Cursor, str]]:
         """(value, cursor after it, where it lies for messages); values may be anything."""
 
+    def share_read(self, cursor: Cursor) -> float | None:
+        """About how much of the source lies before `cursor`, 0 to 1; None when nobody knows."""
+        return None
+
     def documents(self, cursor: Cursor | None, skipped: Skipped) -> Iterator[tuple[str, Cursor]]:
         """Usable texts after `cursor` (None = from the start); the others are counted in `skipped`."""
         for value, after, where in self._rows(cursor, skipped):
@@ -96,13 +102,40 @@ class Source(abc.ABC):
                 yield value, after
 
 
-def open_source(cfg: RunConfig) -> Source:
-    """The source that the config names: local_parquet_dir, else dataset_name, else the built-in corpus."""
+class Fields(NamedTuple):
+    """What the user wrote a source with, for messages."""
+
+    source: str
+    column: str
+
+
+SINGLE_PATH = Fields("training.local_parquet_dir", "training.text_column")
+SINGLE_DATASET = Fields("training", "training.text_column")
+
+
+def open_sources(cfg: RunConfig) -> list[Source]:
+    """The sources that the config names: `sources`, else local_parquet_dir, else dataset_name, else the built-in
+    corpus."""
     t = cfg.training
-    if t.local_parquet_dir is not None:
-        return FileSource(Path(t.local_parquet_dir).expanduser(), t.text_column)
-    if t.dataset_name is not None:
-        return HuggingFaceSource(t.dataset_name, t.dataset_config, t.dataset_split, t.text_column)
+    if not t.sources:
+        return [_open_source(t.local_parquet_dir, t.dataset_name, t.dataset_config, t.dataset_split, t.text_column)]
+    return [
+        _open_source(s.path, s.dataset_name, s.dataset_config, s.dataset_split, s.text_column, number=i)
+        for i, s in enumerate(t.sources)
+    ]
+
+
+def _open_source(
+    path: str | None, dataset: str | None, config: str | None, split: str, column: str | None, number: int | None = None
+) -> Source:
+    """number: its place in `sources`, for messages."""
+    section = f"training.sources[{number}]"
+    if path is not None:
+        fields = SINGLE_PATH if number is None else Fields(f"{section}.path", f"{section}.text_column")
+        return FileSource(Path(path).expanduser(), column, fields)
+    if dataset is not None:
+        fields = SINGLE_DATASET if number is None else Fields(section, f"{section}.text_column")
+        return HuggingFaceSource(dataset, config, split, column, fields)
     return BuiltinSource()
 
 
@@ -172,6 +205,9 @@ class BuiltinSource(Source):
             )
         return self._documents
 
+    def share_read(self, cursor: Cursor) -> float | None:
+        return cursor[0] / len(self._collect())
+
     def _rows(self, cursor: Cursor | None, skipped: Skipped) -> Iterator[tuple[Any, Cursor, str]]:
         documents = self._collect()
         for i in range(cursor[0] if cursor else 0, len(documents)):
@@ -227,19 +263,27 @@ class FileSource(Source):
     `text_column` or, without it, "text" or the only column that holds text.
     """
 
-    def __init__(self, path: Path, text_column: str | None) -> None:
-        self.path, self.text_column = path, text_column
+    def __init__(
+        self,
+        path: Path,
+        text_column: str | None,
+        fields: Fields = SINGLE_PATH,
+    ) -> None:
+        self.path, self.text_column, self.fields = path, text_column, fields
         self.name = str(path)
-        if not path.exists():
-            raise UserError(f"training.local_parquet_dir={path} does not exist; give a folder or a file")
-        self.root = path if path.is_dir() else path.parent
-        found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-        visible = [p for p in found if not any(x.startswith(".") for x in p.relative_to(self.root).parts)]
+        try:
+            folder = stat.S_ISDIR(path.stat().st_mode)
+        except FileNotFoundError:
+            raise UserError(f"{fields.source}={path} does not exist; give a folder or a file") from None
+        except OSError as error:
+            raise UserError(f"{fields.source}={path} cannot be read: {error.strerror}") from error
+        self.root = path if folder else path.parent
+        visible = _visible_files(path) if folder else [path]
         self.files = sorted((p for p in visible if _kind(p)), key=lambda p: p.relative_to(self.root).as_posix())
         if not self.files:
             others = ", ".join(sorted({p.suffix or p.name for p in visible})[:10]) or "nothing"
             raise UserError(
-                f"training.local_parquet_dir={path} holds no {', '.join(SUFFIXES)} file, nor a .gz of one "
+                f"{fields.source}={path} holds no {', '.join(SUFFIXES)} file, nor a .gz of one "
                 f"(but .parquet); found: {others}"
             )
         self._columns: dict[Path, str | None] | None = None
@@ -255,6 +299,18 @@ class FileSource(Source):
 
     def _where(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
+
+    def share_read(self, cursor: Cursor) -> float | None:
+        sizes = [path.stat().st_size for path in self.files]
+        at, group, row = cursor
+        inside = 0.0
+        if _kind(self.files[at]) == ".parquet":
+            import pyarrow.parquet as pq
+
+            with suppress(*_DAMAGE), pq.ParquetFile(self.files[at]) as file:
+                rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+                inside = sizes[at] * (sum(rows[:group]) + row) / max(1, sum(rows))
+        return (sum(sizes[:at]) + inside) / max(1, sum(sizes))
 
     def _resolve_columns(self) -> dict[Path, str | None]:
         """Every table's text column, looked up before any text is read: a wrong name must not take hours.
@@ -273,7 +329,7 @@ class FileSource(Source):
                     _reraise_if_not_damage(error, path)
                     continue
                 if names:
-                    self._columns[path] = _choose_column(str(path), self.text_column, names, texts)
+                    self._columns[path] = _choose_column(str(path), self.text_column, names, texts, self.fields.column)
         return self._columns
 
     def _rows(self, cursor: Cursor | None, skipped: Skipped) -> Iterator[tuple[Any, Cursor, str]]:
@@ -297,18 +353,32 @@ class FileSource(Source):
                 skipped.add(where, f"unreadable from row {row} on: {_first_line(error)}")
 
 
-def _choose_column(where: str, wanted: str | None, names: list[str], texts: list[str]) -> str:
+def _visible_files(folder: Path) -> list[Path]:
+    """Every file below `folder` but hidden ones. A folder that cannot be read is an error: without it the corpus would
+    be another one."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    found: list[Path] = []
+    for root, below, names in os.walk(folder, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return [path for path in found if path.is_file()]
+
+
+def _choose_column(where: str, wanted: str | None, names: list[str], texts: list[str], field: str) -> str:
     """The column to read: `wanted`; without it "text", or else the only one of `names` that holds text."""
     listed = ", ".join(repr(name) for name in names)
     if wanted is not None:
         if wanted not in names:
-            raise UserError(f"{where}: no column training.text_column={wanted!r}; its columns are {listed}")
+            raise UserError(f"{where}: no column {field}={wanted!r}; its columns are {listed}")
         return wanted
     if "text" in texts:
         return "text"
     if len(texts) != 1:
         what = "several columns hold text" if texts else "no column holds text"
-        raise UserError(f"{where}: {what}; set training.text_column to one of {listed}")
+        raise UserError(f"{where}: {what}; set {field} to one of {listed}")
     return texts[0]
 
 
@@ -516,8 +586,16 @@ class HuggingFaceSource(Source):
 
     exact_identity = False
 
-    def __init__(self, dataset: str, config: str | None, split: str, text_column: str | None) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        config: str | None,
+        split: str,
+        text_column: str | None,
+        fields: Fields = SINGLE_DATASET,
+    ) -> None:
         self.dataset, self.config, self.split, self.text_column = dataset, config, split, text_column
+        self.fields = fields
         self.name = f"the Hugging Face dataset {dataset!r} (config {config!r}, split {split!r})"
 
     def identity(self) -> list[Any]:
@@ -550,16 +628,16 @@ class HuggingFaceSource(Source):
         else:
             names = list(row)
             texts = [n for n in names if isinstance(row[n], str)]
-        return _choose_column(self.name, self.text_column, names, texts), stream
+        return _choose_column(self.name, self.text_column, names, texts, self.fields.column), stream
 
     def _failure(self, error: Exception) -> UserError:
         """`datasets` raises errors of four libraries, which differ between its versions; all say what went
         wrong.
         """
         return UserError(
-            f"cannot read {self.name}: {_first_line(error)}. Check training.dataset_name, dataset_config and "
-            "dataset_split and the network (HF_HUB_OFFLINE is respected); what the cache holds is kept, and "
-            "a new start goes on from there. Without a network set training.local_parquet_dir"
+            f"cannot read {self.name}: {_first_line(error)}. Check dataset_name, dataset_config and dataset_split of "
+            f"{self.fields.source} and the network (HF_HUB_OFFLINE is respected); what the cache holds is kept, and "
+            "a new start goes on from there. Without a network name a folder of files instead"
         )
 
     def _rows(self, cursor: Cursor | None, skipped: Skipped) -> Iterator[tuple[Any, Cursor, str]]:

@@ -46,6 +46,7 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
+    unk_id: int | None
     size: int
     special: np.ndarray = field(repr=False)
     _literal: Tokenizer = field(repr=False)
@@ -68,6 +69,11 @@ class Vocabulary:
     def to_json(self) -> str:
         """The content of tokenizer.json."""
         return str(self.tokenizer.to_str())
+
+    def names(self) -> dict[str, str]:
+        """Role: token, with which `vocabulary` makes an equal object of `to_json()`."""
+        ids = {"pad": self.pad_id, "unk": self.unk_id, "cls": self.cls_id, "sep": self.sep_id, "mask": self.mask_id}
+        return {role: str(self.tokenizer.id_to_token(index)) for role, index in ids.items() if index is not None}
 
 
 def _find(tokenizer: Tokenizer, names: Iterable[str]) -> int | None:
@@ -109,7 +115,7 @@ def vocabulary(tokenizer: Tokenizer, *, where: str, names: dict[str, str] | None
         forbidden[ids["unk"]] = False
     cls_id, sep_id, mask_id = (int(ids[role] or 0) for role in ("cls", "sep", "mask"))
     pad_id = sep_id if ids["pad"] is None else int(ids["pad"])
-    return Vocabulary(tokenizer, pad_id, cls_id, sep_id, mask_id, size, special, literal, forbidden)
+    return Vocabulary(tokenizer, pad_id, cls_id, sep_id, mask_id, ids["unk"], size, special, literal, forbidden)
 
 
 def load_tokenizer(path: str | Path) -> Vocabulary:
