@@ -1,49 +1,84 @@
-"""Every op × backend × bench case: time, and what it is of the machine's limit. `pytest bench -k "dyt and forward"`."""
+"""Every op × backend × bench case: time, and what it is of the machine's limit. `pytest bench -k "dyt and forward"`.
+
+Beside an op's own backends stand torch.compile of its reference (with --ultra-compile) and other libraries (peers.py).
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import ultra_kernels
-from bench.limits import least_seconds, seconds, synchronize
+from bench.limits import least_seconds
+from bench.peers import PEERS
+from bench.timing import measure
 from ultra_kernels._dispatch import OPS
 from ultra_kernels._testing import Case, cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
+COMPILED = "torch.compile"
+
+
+def contenders(name: str) -> list[str]:
+    """The op's backends, peers, and the compiled reference where a kernel of ours on this device must beat it."""
+    own = OPS[name].names
+    fused = any(b != "reference" for b in OPS[name].order[DEVICE])
+    return [*own, *([COMPILED] if fused else []), *PEERS.get(name, ())]
+
 
 ALL = [
     pytest.param(name, backend, case, dtype, mode, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}-{mode}")
-    for name, op in OPS.items()
+    for name in OPS
     for case in cases(name)
     if case.bench
     for dtype in DTYPES
     if dtype in case.dtypes
     for mode in ("forward", "training")
-    for backend in op.names
+    for backend in contenders(name)
 ]
 
 
-def leaves_and_outputs(result: Any) -> list[torch.Tensor]:
+def implementation(name: str, backend: str, dtype: torch.dtype, compile_too: bool) -> Callable[..., Any]:
+    """The function that stands for `backend`; skips with the reason where it cannot run here."""
+    function = getattr(ultra_kernels, name)
+    if backend in PEERS.get(name, ()):
+        return PEERS[name][backend]
+    if backend == COMPILED:
+        if not compile_too:
+            pytest.skip("torch.compile takes long: --ultra-compile")
+        torch.compiler.reset()
+        return torch.compile(functools.partial(function, backend="reference"))
+    if (reason := OPS[name].why_not(backend, torch.empty(0, device=DEVICE, dtype=dtype))) is not None:
+        pytest.skip(reason)
+    return functools.partial(function, backend=backend)
+
+
+def differentiable(result: Any) -> list[torch.Tensor]:
     parts = result if isinstance(result, tuple) else (result,)
     return [p for p in parts if isinstance(p, torch.Tensor) and p.requires_grad]
 
 
 @pytest.mark.parametrize(("name", "backend", "case", "dtype", "mode"), ALL)
-def test_op(name: str, backend: str, case: Case, dtype: torch.dtype, mode: str, benchmark: Any) -> None:
+def test_op(
+    name: str, backend: str, case: Case, dtype: torch.dtype, mode: str,
+    pytestconfig: pytest.Config, record_cell: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
     """Mode "training" is forward and backward."""
-    reason = OPS[name].why_not(backend, torch.empty(0, device=DEVICE, dtype=dtype))
-    if reason is not None:
-        pytest.skip(reason)
-    function, inputs = getattr(ultra_kernels, name), case.inputs(dtype, DEVICE)
+    function = implementation(name, backend, dtype, pytestconfig.getoption("--ultra-compile"))
+    inputs = case.inputs(dtype, DEVICE)
     leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     nbytes, flops = case.elements * dtype.itemsize, case.flops
+    try:
+        outputs = differentiable(function(**inputs))
+    except (ImportError, NotImplementedError) as error:
+        pytest.skip(str(error))
 
     if mode == "training":
-        outputs = leaves_and_outputs(function(**inputs, backend=backend)) if leaves else []
         if not outputs:
             pytest.skip("no gradient")
         cotangents = [torch.randn_like(o) for o in outputs]
@@ -52,20 +87,19 @@ def test_op(name: str, backend: str, case: Case, dtype: torch.dtype, mode: str, 
         flops = 3 * flops
 
         def call() -> None:
-            outputs = leaves_and_outputs(function(**inputs, backend=backend))
-            torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-            synchronize(DEVICE)
+            torch.autograd.grad(differentiable(function(**inputs)), leaves, cotangents, allow_unused=True)
     else:
 
         def call() -> None:
             with torch.no_grad():
-                function(**inputs, backend=backend)
-            synchronize(DEVICE)
+                function(**inputs)
 
-    once = seconds(call, DEVICE, budget=0.0, least=1)
-    benchmark.pedantic(call, rounds=max(3, min(100, int(1.0 / once))), warmup_rounds=1)
+    timing = measure(call, DEVICE, pytestconfig.getoption("--ultra-seconds"))
     least, limit = least_seconds(nbytes, flops, DEVICE, dtype)
-    benchmark.extra_info.update(
-        op=name, backend=backend, case=case.name, dtype=str(dtype)[6:], mode=mode, device=DEVICE,
-        bytes=nbytes, flops=flops, limit=limit, limit_ms=least * 1e3,
+    record_cell(
+        {
+            "op": name, "backend": backend, "case": case.name, "dtype": str(dtype)[6:], "mode": mode, "device": DEVICE,
+            "ms": timing.median * 1e3, "min_ms": timing.best * 1e3, "rounds": timing.rounds,
+            "bytes": nbytes, "flops": flops, "limit": limit, "limit_ms": least * 1e3,
+        }
     )  # fmt: skip

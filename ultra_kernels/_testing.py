@@ -116,6 +116,24 @@ def tolerance(expected: torch.Tensor, dtype: torch.dtype, reduction: int, least_
     return max(scale, 1e-30) * (halves + 4 * eps32 * max(reduction, 1) ** 0.5)
 
 
+def errors(
+    got: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    reduction: int,
+    scales: Mapping[str, float] = MappingProxyType({}),
+    rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> dict[str, tuple[float, float]]:
+    """Name -> (largest absolute error, its tolerance) of the floating-point tensors; NaN where one is not finite."""
+    return {
+        name: (
+            float((value.cpu().double() - expected[name]).abs().max()) if value.numel() else 0.0,
+            tolerance(expected[name], rounded.get(name, value.dtype), reduction, scales.get(name, 0.0)),
+        )
+        for name, value in got.items()
+        if value.is_floating_point() and value.shape == expected[name].shape
+    }
+
+
 def compare(
     got: dict[str, torch.Tensor],
     expected: dict[str, torch.Tensor],
@@ -128,17 +146,15 @@ def compare(
     `rounded`: for results whose intermediates have a narrower dtype than they have themselves, that dtype.
     """
     wrong = [f"{n}: missing" for n in expected if n not in got]
+    found = errors(got, expected, reduction, scales, rounded)
     for name, value in got.items():
         want = expected[name]
         if value.shape != want.shape:
             wrong.append(f"{name}: shape {tuple(value.shape)}, expected {tuple(want.shape)}")
-            continue
-        if not value.is_floating_point():
+        elif name not in found:
             wrong += [] if torch.equal(value.cpu(), want) else [f"{name}: integers differ"]
-            continue
-        error = (value.cpu().double() - want).abs()
-        limit = tolerance(want, rounded.get(name, value.dtype), reduction, scales.get(name, 0.0))
-        if value.numel() and not float(error.max()) <= limit:
-            largest = float(want.abs().max())
-            wrong.append(f"{name}: error {float(error.max()):.3g} > {limit:.3g} (values up to {largest:.3g})")
+        else:
+            error, limit = found[name]
+            if not error <= limit:
+                wrong.append(f"{name}: error {error:.3g} > {limit:.3g} (values up to {float(want.abs().max()):.3g})")
     return wrong

@@ -46,5 +46,6 @@ CASES = [
     _case("strided-B4-T5-D40", 4, 5, 40, transposed=True),
     _case("large-values-D17", 130, 17, spread=30.0),
     _case("mini-T512-D384", 512, 384),
+    _case("frankenstein-T64-D1024", 64, 1024),
     _case("standard-T4096-D768", 4096, 768, bench=True),
 ]

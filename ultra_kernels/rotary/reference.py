@@ -16,5 +16,7 @@ def rotary(
         inv_freq = theta ** (torch.arange(0, K, 2, device=x.device, dtype=exact) / -K)
     angles = positions.to(x.device, exact)[..., None, None] * inv_freq.detach().to(exact)  # [(B,)T,1,K/2]
     turn = torch.complex(angles.cos().to(wide), angles.sin().to(wide))
-    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (K // 2, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    pairs = x.to(wide).unflatten(-1, (K // 2, 2)).contiguous()
+    if not torch.compiler.is_compiling() and pairs.storage_offset() % 2:  # view_as_complex refuses it
+        pairs = pairs.clone()
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)

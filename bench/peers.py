@@ -1,0 +1,59 @@
+"""Other libraries' functions for the same equation, called with an op's own arguments.
+
+A peer raises ImportError where its package is missing and NotImplementedError for cases that it does not cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def torch_layer_norm(x, weight, bias, eps=1e-5, residual=None):
+    if residual is not None:
+        raise NotImplementedError("F.layer_norm takes no residual")
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def torch_conv1d(x, weight, bias=None, activation=None, direction="forward", cu_seqlens=None):
+    if direction != "forward" or cu_seqlens is not None:
+        raise NotImplementedError("F.conv1d: dense causal rows")
+    D, W = weight.shape
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv1d(x, weight[:, None].to(x.dtype), bias, padding=W - 1, groups=D)[..., : x.shape[-1]]
+    return F.silu(y) if activation == "silu" else y
+
+
+def dao_causal_conv1d(x, weight, bias=None, activation=None, direction="forward", cu_seqlens=None):
+    if direction != "forward" or cu_seqlens is not None:
+        raise NotImplementedError("causal_conv1d_fn: dense causal rows")
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x, weight, bias, activation=activation)
+
+
+def mamba_selective_scan(*args, direction="forward", cu_seqlens=None, **kwargs):
+    if direction != "forward" or cu_seqlens is not None:
+        raise NotImplementedError("selective_scan_fn: dense rows read forwards")
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(*args, **kwargs)
+
+
+def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_loss=0.0, reduction="mean"):
+    if z_loss:
+        raise NotImplementedError("F.cross_entropy has no z loss")
+    rows = labels != ignore_index
+    logits = F.linear(hidden[rows], weight, None if bias is None else bias.to(hidden.dtype))
+    return F.cross_entropy(logits.float(), labels[rows], reduction=reduction)
+
+
+PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
+    "causal_conv1d": {"torch": torch_conv1d, "causal-conv1d": dao_causal_conv1d},
+    "layer_norm": {"torch": torch_layer_norm},
+    "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
+    "selective_scan": {"mamba-ssm": mamba_selective_scan},
+}
