@@ -475,11 +475,13 @@ def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
             "started as several processes, but this version trains in one; run `ultra train` without torchrun"
         )
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run_dir / ".lock", timeout=0).acquire()
     except Timeout:
         raise UserError(f"another process is training in {run_dir}; take another --run-dir") from None
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: {error.strerror}; name a folder that can be made and written") from None
     with lock, log_to_folder(run_dir), stop_on_signals() as stop:
         return _train(cfg, run_dir, find_start(run_dir, resume), stop)
 
