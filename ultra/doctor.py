@@ -103,7 +103,7 @@ def packages(section: Section) -> None:
 def library(section: Section) -> None:
     from ultra_kernels import _native
 
-    info = _native.build_info()
+    info = _native.build_info("cpp")
     if (reason := _native.missing()) is not None:
         section.problem("C++ library", reason, info.get("fix") or "pip install . with a C++ compiler on the PATH")
         section.add("until then", "every op runs its PyTorch reference on the CPU")
@@ -113,6 +113,36 @@ def library(section: Section) -> None:
     section.add("instructions", f"{module.isa()} in use; this CPU and build have {', '.join(module.isas())}")
     section.add("OpenMP", "yes" if info.get("openmp") else "no: the C++ kernels use one thread")
     section.add("compiler", f"{info.get('compiler', 'unknown')}, for Python {info.get('python', 'unknown')}")
+
+
+def cuda_library(section: Section) -> None:
+    """Its absence is a problem where it would have run, on a GPU, and where nvcc was there and did not build it."""
+    from ultra_kernels import _cuda, _native
+
+    info, gpus = _native.build_info("cuda"), nvidia_gpus()
+    if (reason := _cuda.missing()) is not None:
+        fix = info.get("fix") or "pip install . with CUDA's nvcc on the PATH"
+        if info.get("state") == "failed" or (gpus and info.get("state") != "skipped"):
+            section.problem("CUDA library", reason, fix)
+        else:
+            section.add("CUDA library", indented(reason))
+            section.add("no harm", "this is for NVIDIA GPUs" + ("" if gpus else "; none was found here"))
+            section.add("to have it", indented(fix))
+        return
+    library = _cuda.load()
+    section.add("file", library._name)
+    section.add("holds", f"{', '.join(_cuda.archs())} (sm_ is machine code, compute_ is PTX for newer GPUs)")
+    section.add("built with", f"CUDA {_cuda.version_text(library.ultra_cuda_runtime())} ({info.get('nvcc', 'nvcc')})")
+    driver = library.ultra_cuda_driver()
+    section.add("driver", f"for CUDA {_cuda.version_text(driver)}" if driver else "no NVIDIA driver here")
+    import torch
+
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        name = f"{torch.cuda.get_device_name(index)}, sm_{''.join(map(str, torch.cuda.get_device_capability(index)))}"
+        if (obstacle := _cuda.obstacle(index)) is None:
+            section.add(f"GPU {index}", f"{name}: a test kernel ran")
+        else:
+            section.problem(f"GPU {index}", f"{name}: {obstacle[0]}", obstacle[1])
 
 
 def backends(section: Section) -> None:
@@ -165,6 +195,7 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "System": system,
     "Packages": packages,
     "C++ library": library,
+    "CUDA library": cuda_library,
     "Backends": backends,
     "Optional extras": extras,
 }

@@ -10,6 +10,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +41,7 @@ def load() -> ModuleType:
         if (module.abi, module.version) == (ABI, __version__):
             return module
         problems.append(f"{path}: version {module.version}, ABI {module.abi}; need {__version__}, ABI {ABI}")
-    raise NativeUnavailable("; ".join(problems) or build_info().get("reason") or "the C++ library was not built")
+    raise NativeUnavailable("; ".join(problems) or build_info("cpp").get("reason") or "the C++ library was not built")
 
 
 @functools.cache
@@ -77,29 +78,30 @@ def address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def build_info() -> dict[str, str]:
-    """What the build recorded: compiler, flags, instruction sets, or the reason for its failure and the remedy."""
-    for folder in _folders():
+def build_info(library: Literal["cpp", "cuda"]) -> dict[str, Any]:
+    """What setup.py recorded of a library: its state, compiler and flags, or the reason for its absence and the fix."""
+    for folder in folders():
         file = folder / "_build_info.json"
         if file.is_file():
-            info: dict[str, str] = json.loads(file.read_text())
+            info: dict[str, Any] = json.loads(file.read_text())[library]
             return info
     return {}
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
+    """Where compiled libraries may lie: beside this file, and in the installed distribution."""
     here = Path(__file__).resolve().parent
-    folders = [here]
+    found = [here]
     try:
         installed = Path(str(importlib.metadata.distribution("ultra").locate_file("ultra_kernels"))).resolve()
     except importlib.metadata.PackageNotFoundError:
-        return folders
-    return folders if installed == here else [here, installed]
+        return found
+    return found if installed == here else [*found, installed]
 
 
 def _candidates() -> list[Path]:
     names = [f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    return [folder / name for folder in _folders() for name in names if (folder / name).is_file()]
+    return [folder / name for folder in folders() for name in names if (folder / name).is_file()]
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -6,15 +6,16 @@ from typing import overload
 
 import torch
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import Op, define_differentiable, triton_why_not
 from . import reference
 
 OP = Op(
     "dyt",
     __package__,
-    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
-    {"triton": triton_why_not, "native": _native.why_not},
+    # Triton before CUDA C++: neither was timed on a GPU, and Triton compiles for the GPU that it finds
+    {"cuda": ("triton", "cuda", "reference"), "cpu": ("native", "reference")},
+    {"triton": triton_why_not, "cuda": _cuda.why_not, "native": _native.why_not},
 )
 
 

@@ -1,0 +1,383 @@
+"""The CUDA C++ kernels without a GPU: run under an emulation, compiled for every architecture, loaded and refused.
+
+The emulation (cuda_emulation/) compiles csrc/*/*_cuda.cu with g++; results of both compilers are kept in pytest's cache
+by a hash of the sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import ultra_kernels
+from ultra_kernels import _cuda, _native, derf, dyt
+from ultra_kernels._dispatch import OPS, BackendUnavailable
+from ultra_kernels._testing import Case, cases, compare, run, widened
+from ultra_kernels._version import __version__
+
+CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
+EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
+CXX, NVCC = shutil.which("g++"), shutil.which("nvcc")
+SOURCES = sorted(CSRC.glob("*/*_cuda.cu"))
+NAMES = [name for name, op in OPS.items() if "cuda" in op.names]
+needs_emulation = pytest.mark.skipif(CXX is None, reason="g++ is not installed: nothing can emulate the GPU")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the kernels cannot be compiled for a GPU")
+DEFINES = [f'-DULTRA_VERSION="{__version__}"', '-DULTRA_ARCHS="sm_80 compute_90"']
+
+
+def key(command: list[str]) -> str:
+    """Changes with the compiler, its options, and every source that it may read."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+    files = sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh"), *EMULATION.iterdir()])
+    return hashlib.sha256(repr([version, command, *(f.read_text() for f in files)]).encode()).hexdigest()[:32]
+
+
+# ---- the emulated GPU ------------------------------------------------------------------------------------------------
+
+
+def emulated_library(folder: Path, *extra: str) -> Path:
+    assert CXX is not None
+    command = [CXX, "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-pthread",
+               f"-I{EMULATION}", f"-I{CSRC}", *DEFINES, *extra, "-x", "c++", *map(str, SOURCES)]  # fmt: skip
+    library = folder / key(command) / "libultra_cuda.so"
+    if not library.is_file():
+        library.parent.mkdir(exist_ok=True)
+        fresh = library.with_suffix(".new")
+        done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        fresh.replace(library)
+    return library
+
+
+@pytest.fixture
+def clean_caches():
+    """The library is looked for anew, before the test and after it."""
+
+    cached = (_cuda.load, _cuda.missing, _cuda._function)  # now: a test may put others in their places
+
+    def clear() -> None:
+        for function in cached:
+            function.cache_clear()
+        _cuda._proven.clear()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, clean_caches: None) -> ctypes.CDLL:
+    """A CPU that passes as a GPU: CPU tensors run on backend "cuda", on the emulated library."""
+    folder = emulated_library(pytestconfig.cache.mkdir("cuda_emulation")).parent
+    monkeypatch.setattr(_native, "folders", lambda: [folder])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    for name in NAMES:
+        monkeypatch.setitem(OPS[name]._why_not, "cuda", lambda tensor, *args: None)
+    return _cuda.load()
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that a kernel forgets to write are NaN."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k).fill_(float("nan")))
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    ("name", "case", "dtype"),
+    [
+        pytest.param(name, case, dtype, id=f"{name}-{case.name}-{str(dtype)[6:]}")
+        for name in NAMES
+        for case in cases(name)
+        for dtype in case.dtypes
+        if case.elements < (10**6 if dtype == torch.float32 else 10**5)
+    ],
+)
+def test_against_float64(name: str, case: Case, dtype: torch.dtype, gpu: ctypes.CDLL, poisoned_empty: None) -> None:
+    function, inputs = getattr(ultra_kernels, name), case.inputs(dtype)
+    expected = run(function, widened(inputs), "reference", dtype)
+    got = run(function, inputs, "cuda", dtype)
+    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype))
+    assert not wrong, "\n".join(wrong)
+
+
+def norm_inputs(rows: int, D: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """x, alpha, shift, weight, bias."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, D, generator=g).to(dtype)
+    leaves = [x, torch.tensor([0.6]), torch.tensor([0.3]), *torch.randn(2, D, generator=g)]
+    return [t.requires_grad_() for t in leaves]
+
+
+def norm_gradients(function, leaves: list[torch.Tensor], backend: str) -> list[torch.Tensor | None]:
+    x, alpha, shift, weight, bias = leaves
+    y = function(x, alpha, *((shift,) if function is derf else ()), weight, bias, backend=backend)
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    return [y, *torch.autograd.grad(y, leaves, cotangent.to(x), allow_unused=True)]
+
+
+@needs_emulation
+@pytest.mark.parametrize("function", [dyt, derf])
+@pytest.mark.parametrize(
+    ("rows", "D", "offset"), [(300, 8, 0), (33, 1000, 0), (40, 256, 1)], ids=["blocks", "tiles", "unaligned"]
+)
+def test_many_blocks_and_addresses_between_vectors(function, rows, D, offset, gpu, poisoned_empty):
+    """Several row blocks; more column tiles than the grid has rows; a weight that starts between two vectors."""
+    ctypes.c_uint.in_dll(gpu, "emulation_max_grid_y").value = 3
+    try:
+        leaves = norm_inputs(rows, D)
+        leaves[3] = torch.randn(D + offset, generator=torch.Generator().manual_seed(2))[offset:].requires_grad_()
+        assert leaves[3].data_ptr() % 16 == 4 * offset
+        got, again = (norm_gradients(function, leaves, "cuda") for _ in range(2))
+    finally:
+        ctypes.c_uint.in_dll(gpu, "emulation_max_grid_y").value = 65535
+    want = norm_gradients(function, [t.detach().double().requires_grad_() for t in leaves], "reference")
+    for i, (a, b, c) in enumerate(zip(got, again, want, strict=True)):
+        assert (a is None) == (c is None)
+        if a is not None and b is not None and c is not None:
+            assert torch.equal(a, b), "the same bits on every run"
+            terms = rows * D / c.numel()  # of size up to 1 each
+            limit = 4 * torch.finfo(torch.float32).eps * max(terms**0.5, float(c.detach().abs().max()))
+            assert float((a.double() - c).detach().abs().max()) <= limit, i
+
+
+@needs_emulation
+@pytest.mark.parametrize(("function", "truth"), [(dyt, torch.tanh), (derf, torch.special.erf)])
+def test_relative_accuracy_from_tiny_to_large(function, truth, gpu):
+    x = torch.cat([torch.logspace(-30, 2, 4096), torch.linspace(0.5, 4.5, 4094)])
+    x = torch.cat([x, -x, torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])]).view(128, 128)
+    scalars = (torch.ones(1), torch.zeros(1)) if function is derf else (torch.ones(1),)
+    got = function(x, *scalars, torch.ones(128), torch.zeros(128), backend="cuda").double()
+    want = truth(x.double())
+    assert torch.equal(got.isnan(), want.isnan())
+    fine = ~want.isnan() & (want != 0)
+    assert ((got - want).abs() / want.abs())[fine].max() <= 3 * torch.finfo(torch.float32).eps
+    assert not got[want == 0].any()
+
+
+@needs_emulation
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_and_compile(name, gpu, monkeypatch):
+    """torch's audit of the registration, and a trace without a graph break, with backend "cuda"."""
+    case = min(cases(name), key=lambda c: c.elements)
+    inputs = {k: v for k, v in case.inputs(torch.float32).items() if isinstance(v, torch.Tensor)}
+    op = getattr(torch.ops.ultra_kernels, name).default
+    torch.library.opcheck(op, (*(t.detach().clone().requires_grad_() for t in inputs.values()), "cuda"))
+    function = getattr(ultra_kernels, name)
+    compiled = torch.compile(lambda kw: function(**kw, backend="cuda"), fullgraph=True, backend="aot_eager")
+    leaves = list(inputs.values())
+    eager = torch.autograd.grad(function(**inputs, backend="cuda").square().sum(), leaves)
+    for a, b in zip(eager, torch.autograd.grad(compiled(inputs).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_emulation
+def test_the_emulation_runs_the_probe_and_reports_errors(gpu):
+    assert gpu.ultra_cuda_probe() == 0
+    x = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="dyt_forward: CUDA error 9: invalid configuration argument"):
+        _cuda.launch("dyt_forward", x, x, x, x, x, 0, 4, 0)  # no rows make an empty grid
+
+
+def test_tensors_on_two_devices_are_refused():
+    class OnGpu(torch.Tensor):
+        def get_device(self) -> int:
+            return 0
+
+    with pytest.raises(ValueError, match=r"dyt: the first tensor is on .*, another on cpu; all must be on one GPU"):
+        _cuda.launch("dyt", torch.zeros(4).as_subclass(OnGpu), torch.zeros(4))
+
+
+# ---- loading, and what stands against a GPU --------------------------------------------------------------------------
+
+
+@needs_emulation
+def test_another_version_or_abi_is_refused(gpu, monkeypatch):
+    monkeypatch.setattr(_cuda, "ABI", 0)
+    _cuda.load.cache_clear()
+    assert "ABI 1; need" in str(_cuda.missing())
+    with pytest.raises(_cuda.CudaUnavailable, match=r"need .*, ABI 0"):
+        _cuda.load()
+
+
+def test_no_library_and_a_broken_one(monkeypatch, tmp_path, clean_caches):
+    monkeypatch.setattr(_native, "folders", lambda: [tmp_path])
+    assert _cuda.missing() == "the CUDA library was not built"
+    (tmp_path / "_build_info.json").write_text(json.dumps({"cuda": {"state": "absent", "reason": "no nvcc found"}}))
+    _cuda.missing.cache_clear()
+    assert _cuda.missing() == "no nvcc found"
+    (tmp_path / "libultra_cuda.so").write_bytes(b"not a library")
+    _cuda.missing.cache_clear()
+    assert str(tmp_path / "libultra_cuda.so") in str(_cuda.missing())
+
+
+def test_cpu_tensors_and_other_dtypes_are_refused():
+    x = torch.ones(2, 3)
+    with pytest.raises(BackendUnavailable, match="the CUDA kernels run on an NVIDIA GPU, this tensor is on cpu"):
+        dyt(x, torch.ones(1), torch.ones(3), torch.zeros(3), backend="cuda")
+
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.float64
+
+    assert "not float64" in str(_cuda.why_not(OnGpu()))
+
+
+@pytest.fixture
+def pretend(gpu, monkeypatch):
+    """A driver, a library and a GPU with these properties; the capability is that of an H100 unless changed."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch._dynamo.config.patch())
+
+    class Library:
+        ultra_cuda_error, ultra_cuda_archs = gpu.ultra_cuda_error, gpu.ultra_cuda_archs
+        ultra_cuda_runtime = staticmethod(lambda: 13000)
+
+    def set_up(driver: int = 13000, capability: tuple[int, int] = (9, 0), probe: int = 0) -> None:
+        Library.ultra_cuda_driver, Library.ultra_cuda_probe = staticmethod(lambda: driver), staticmethod(lambda: probe)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(_cuda, "load", lambda: Library)
+        monkeypatch.setattr(_cuda, "missing", lambda: None)
+
+    return set_up
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({}, None),
+        ({"driver": 13010}, None),
+        ({"driver": 12080}, "driver is for CUDA 12.8, the library was built with CUDA 13.0; .* CUDA_HOME=<a CUDA 12 "),
+        ({"driver": 0}, "driver is for CUDA 0.0"),
+        ({"capability": (8, 6)}, None),
+        ({"capability": (12, 0)}, None),
+        ({"capability": (7, 5)}, "this GPU is sm_75, the library holds sm_80, compute_90; ULTRA_CUDA_ARCHS=sm_75 pip "),
+        ({"probe": 9}, "a test kernel failed with CUDA error 9: invalid configuration argument"),
+    ],
+)
+def test_what_stands_against_a_gpu(state, reason, pretend):
+    pretend(**state)
+    found = _cuda.unusable(0)
+    assert found is None if reason is None else re.search(reason, str(found))
+
+
+@needs_emulation
+def test_the_answer_is_kept_but_not_one_given_during_a_capture(pretend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    pretend()
+    assert "before a CUDA graph" in str(_cuda.unusable(0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _cuda.unusable(0) is None
+    pretend(probe=9)
+    assert _cuda.unusable(0) is None and _cuda.unusable(1) is not None
+
+
+def test_the_reason_is_a_constant_of_a_trace(monkeypatch):
+    monkeypatch.setitem(_cuda._proven, 7, ("a reason", "a remedy"))
+
+    def f(x):
+        return x + 1 if _cuda.unusable_constant(7) == "a reason; a remedy" else x
+
+    assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "served"),
+    [
+        ("sm_80", {(8, 0), (8, 6), (8, 9)}),
+        ("sm_90a", {(9, 0)}),
+        ("compute_80", {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("compute_90", {(9, 0), (10, 0), (12, 0)}),
+        ("compute_90a", {(9, 0)}),
+        ("sm_100f", {(10, 0)}),
+        ("sm_120", {(12, 0)}),
+    ],
+)
+def test_which_gpus_an_architecture_serves(arch, served):
+    gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert {gpu for gpu in gpus if _cuda.serves(arch, gpu)} == served
+
+
+# ---- what the compilers make of the sources --------------------------------------------------------------------------
+
+SHIPPED = ["sm_80", "sm_90a"]
+PTX = "compute_90"  # and what the driver makes of it for GPUs newer than the shipped code
+NEWER = ["sm_100", "sm_120"]
+# 65536 registers of a multiprocessor: two blocks of 256 threads at least
+REGISTERS = 128
+
+
+def figures(ptxas_log: str) -> dict[str, tuple[int, int, int]]:
+    """kernel -> registers, bytes of spill stores, bytes of spill loads."""
+    pattern = (
+        r"Function properties for (\S+)\n\s*\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, ptxas_log)
+    return {name: (int(registers), int(stores), int(loads)) for name, stores, loads, registers in found}
+
+
+def compiled(source: Path, arch: str, folder: Path) -> dict[str, tuple[int, int, int]]:
+    assert NVCC is not None
+    virtual = PTX if arch in NEWER else arch.replace("sm_", "compute_")
+    command = [NVCC, "-O3", "-std=c++17", "-cubin", "-Xptxas", "-v", f"-I{CSRC}", *DEFINES,
+               "-gencode", f"arch={virtual},code={arch}", str(source)]  # fmt: skip
+    result = folder / f"{key(command)}.json"
+    if not result.is_file():
+        done = subprocess.run([*command, "-o", str(folder / "last.cubin")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        result.write_text(json.dumps(figures(done.stdout + done.stderr)))
+    found: dict[str, tuple[int, int, int]] = json.loads(result.read_text())
+    return found
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [*SHIPPED, *NEWER])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_shipped_code_does_not_spill(source: Path, arch: str, pytestconfig: pytest.Config) -> None:
+    found = compiled(source, arch, pytestconfig.cache.mkdir("cuda_compile"))
+    assert len(found) == source.read_text().count("__global__") or len(found) >= 12, "every kernel has its figures"
+    for name, (registers, stores, loads) in found.items():
+        assert stores == loads == 0, f"{name} spills {stores} bytes ({registers} registers)"
+        assert registers <= REGISTERS, f"{name} uses {registers} registers"
+
+
+def test_the_figures_of_ptxas_are_read():
+    log = (
+        "ptxas info    : Compiling entry function 'k' for 'sm_80'\n"
+        "ptxas info    : Function properties for k\n"
+        "    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size\n"
+    )
+    assert figures(log) == {"k": (255, 12, 8)}
+
+
+@needs_nvcc
+def test_a_spilling_kernel_is_caught(tmp_path):
+    source = tmp_path / "hungry_cuda.cu"
+    values = "".join(f"float v{i} = x[{i} * n + threadIdx.x];" for i in range(128))
+    sums = "".join(f"y[{i} * n + threadIdx.x] = v{i} / v{(i + 1) % 128};" for i in range(128))
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) hungry(const float* x, float* y, int n)"
+        f"{{ {values} __syncthreads(); {sums} }}"
+    )
+    ((_, stores, _),) = compiled(source, "sm_80", tmp_path).values()
+    assert stores > 0
+
+
+def test_the_key_follows_the_command():
+    commands = [["true", "a"], ["true", "b"]]
+    assert key(commands[0]) == key(commands[0]) and len({key(c) for c in commands}) == 2
+    assert all(a != b for a, b in itertools.combinations(map(key, commands), 2))
