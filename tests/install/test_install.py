@@ -84,7 +84,7 @@ def test_with_a_compiler(tmp_path):
     done = environment.install(source(tmp_path), ULTRA_REQUIRE_EXT="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert environment.files() == expected_files() | {EXTENSION}
-    assert environment.build_info()["cpp"] == "built"
+    assert environment.build_info()["cpp"]["state"] == "built"
     code, text = environment.doctor()
     assert code == 0 and str(environment.site / EXTENSION) in text and "which copy    installed" in text, text
     ran = environment.run("-c", "import torch, ultra_kernels as u; x = torch.ones(2, 3);"
