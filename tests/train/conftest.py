@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import signal
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import nn
 
 from ultra.config.run import RunConfig
 from ultra.data import Batch
-from ultra.train import trainer
+from ultra.train import checkpoint, trainer
+from ultra.train.metrics import read_rows
 
 VOCAB, WIDTH, LENGTH, MASK = 32, 16, 24, 4
+TIMES = {"tokens_per_s", "data_wait_ms", "eval_seconds"}
 Stats = namedtuple("Stats", "counts mean_prob z")
 
 
@@ -143,6 +147,22 @@ def interrupt_at(monkeypatch, step: int) -> None:
         return original(self, micro_batches)
 
     monkeypatch.setattr(trainer.Trainer, "backward", backward)
+
+
+def rows(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run / "metrics.jsonl")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal bits: last weights, optimizer state, everything else in the checkpoint, and the metrics."""
+    one, two = checkpoint.latest(a), checkpoint.latest(b)
+    assert one.name == two.name
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        first, second = load_file(one / name), load_file(two / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert checkpoint.read_state(one) == checkpoint.read_state(two)
+    assert rows(a) == rows(b)
 
 
 @pytest.fixture

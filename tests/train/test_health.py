@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ultra.train.health import HISTORY, Gate, documents, first_non_finite_module, non_finite_documents
+from ultra.train.health import HISTORY, Gate, documents, rerun, rerun_on_reference
 
 CPU = torch.device("cpu")
 
@@ -57,21 +57,30 @@ def test_documents_of_a_batch(tiny) -> None:
     assert sum(part.num_labelled for part in parts) == int((batch.labels != -100).sum())
 
 
-def test_diagnosis_names_document_and_module(tiny) -> None:
+def test_a_step_made_again_names_the_module_the_gradient_and_the_document(tiny) -> None:
     model, data = tiny.Model(dropout=0.0), tiny.Data(tiny.config())
-    batches = [data.batch(0, 3), data.batch(3, 3)]
-    assert non_finite_documents(model, batches, CPU) == []
-    assert first_non_finite_module(model, batches, CPU, None) is None
-    batches[1].input_ids[0, 24:48] = 31  # id 31 in one document alone
+    batches, seeds = [data.batch(0, 3), data.batch(3, 3)], [0, 1]
     for batch in batches:
         batch.input_ids[batch.input_ids == 31] = 30
-    batches[1].input_ids[0, 30] = 31
+    batches[1].input_ids[0, 30] = 31  # id 31 in one document alone
+    sound = rerun(model, batches, seeds, CPU, None), rerun_on_reference(model, batches, CPU)
+    for again in sound:
+        assert again.found == [] and bool(again.loss.isfinite())
+    # Sums of the same terms in another order.
+    torch.testing.assert_close(sound[0].norm, sound[1].norm, rtol=1e-4, atol=0)
+
     with torch.no_grad():
         model.left.weight[0, 0] = float("nan")
-    assert first_non_finite_module(model, batches, CPU, None) == "left (Linear)"
+    assert rerun(model, batches, seeds, CPU, None).found == ["left (Linear)"]
     with torch.no_grad():
         model.left.weight[0, 0] = 0.0
+    hook = model.right.weight.register_hook(lambda grad: grad * torch.inf)  # a fault of the backward pass alone
+    assert rerun(model, batches, seeds, CPU, None).found == ["gradient of right.weight"]
+    hook.remove()
+
+    with torch.no_grad():
         model.embedding.weight[31] = 1e38  # overflows wherever it is looked up
-    found = non_finite_documents(model, batches[1:], CPU)
-    assert "document 1 of the micro-batch that begins at sample 3" in found
+    bad = rerun_on_reference(model, batches, CPU)
+    assert "document 1 of the micro-batch that begins at sample 3" in bad.found
+    assert not bool(bad.norm.isfinite())
     assert all(param.grad is None for param in model.parameters())

@@ -110,13 +110,7 @@ def test_skipped_step_moves_nothing_and_the_next_one_counts_as_the_first(tiny) -
     start = tiny.Model().state_dict()
     bad = stepped([BAD], [float("nan")])
     assert all(torch.equal(bad[k], start[k]) for k in start)
-    exact = [k for k in once if k not in ("left.weight", "right.weight")]
-    assert all(torch.equal(once[k], after_bad[k]) for k in exact)
-    # The basis that GaLore starts from is another one after a bad first step; all entries of the gradient are
-    # equal, so that the warm-started basis holds the one direction there is.
-    for key in ("left.weight", "right.weight"):
-        assert after_bad[key].isfinite().all()
-        assert not torch.equal(after_bad[key], start[key])
+    assert all(torch.equal(once[k], after_bad[k]) for k in start)
 
 
 def test_state_round_trip_does_not_depend_on_group_order(tiny) -> None:

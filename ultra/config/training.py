@@ -162,7 +162,10 @@ class TrainingConfig(GroupFields):
         description="A step is skipped when its norm exceeds this and 10 times the running median.",
     )
     max_nan_retries: int = Field(
-        3, ge=0, description="Bad windows in a row before the run goes back to its last good checkpoint."
+        3,
+        ge=0,
+        description="Windows of nan_check_interval steps with a bad step, in a row, before the run goes back to its "
+        "last good checkpoint at half the rates; 0: it stops instead. Twice back to the same one stops it too.",
     )
     checkpoint_every_n_steps: int = Field(500, ge=1, description="Steps between rolling checkpoints.")
     max_rolling_checkpoints: int = Field(3, ge=1, description="Rolling checkpoints kept.")

@@ -25,7 +25,7 @@ from ultra.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"step-(\d{8,})")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a manifest must not reach outside its own folder
 
@@ -240,16 +240,18 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
 
 def copy_into(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     own = model_tensors(model)
-    wrong = [f"{name} is missing" for name in own if name not in tensors]
-    wrong += [f"{name} is unknown" for name in tensors if name not in own]
-    wrong += [
+    wrong = [
         f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
+    wrong += [f"{name} is unknown" for name in tensors if name not in own]
+    wrong += [f"{name} is missing" for name in own if name not in tensors]
     if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise CheckpointError(f"{source} holds another model: {shown}")
+        shown = "; ".join(wrong[:12]) + (f"; and {len(wrong) - 12} more" if len(wrong) > 12 else "")
+        config = source / "config.yaml"
+        cure = f". The model section that fits is in {config}" if config.is_file() else ""
+        raise CheckpointError(f"{source} holds another model: {shown}{cure}")
     for name, tensor in own.items():
         tensor.detach().copy_(tensors[name])
 

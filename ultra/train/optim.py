@@ -93,9 +93,10 @@ def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingCon
 class GroupedOptimizer:
     """Fused AdamW over all groups, with GaLore for the eligible matrices when use_galore.
 
-    Each group is two torch groups, with and without weight decay. A matrix is eligible for GaLore when it is
-    2-D, decayed, outside embeddings and norms, min(m, n) > galore_rank, max(m, n) <= galore_max_dim and its
-    `no_galore` attribute is not set (head, router, convolutions, dt projection).
+    Each group is two torch groups, with and without weight decay. A matrix [m, n], or a stack of them as the
+    experts are [E, m, n], is eligible for GaLore when it is decayed, outside embeddings and norms,
+    min(m, n) > galore_rank, max(m, n) <= galore_max_dim and its `no_galore` attribute is not set (head, router,
+    convolutions, dt projection).
     """
 
     def __init__(self, groups: list[Group], cfg: TrainingConfig) -> None:
@@ -144,10 +145,10 @@ class GroupedOptimizer:
         _, param, decay = entry
         return (
             decay
-            and param.ndim == 2
+            and param.ndim in (2, 3)
             and group.name not in ("embeddings", "norms")
-            and min(param.shape) > cfg.galore_rank
-            and max(param.shape) <= cfg.galore_max_dim
+            and min(param.shape[-2:]) > cfg.galore_rank
+            and max(param.shape[-2:]) <= cfg.galore_max_dim
             and not getattr(param, "no_galore", False)
         )
 
@@ -166,6 +167,14 @@ class GroupedOptimizer:
     @property
     def params(self) -> list[nn.Parameter]:
         return [p for part in self.parts for g in part.param_groups for p in g["params"]]
+
+    def grad_norm(self, params: list[nn.Parameter]) -> Tensor:
+        """Norm of all their gradients before clipping, those included that galore_per_layer has used up."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.per_layer is not None:
+            grads += [self.per_layer.freed[p] for p in params if p in self.per_layer.freed]
+        norm: Tensor = nn.utils.get_total_norm(grads, foreach=True)
+        return norm
 
     def set_rates(self, factor: float, *, decay: float = 1.0) -> None:
         """Every group's rate becomes its configured rate times `factor`; weight decay likewise."""
@@ -227,6 +236,6 @@ def state_shapes(param: Tensor, rank: int | None) -> dict[str, torch.Size]:
     scalar = torch.Size(())
     if rank is None:
         return {"step": scalar, "exp_avg": param.shape, "exp_avg_sq": param.shape}
-    low = torch.Size((rank, max(param.shape)))
-    basis = torch.Size((min(param.shape), rank))
+    *stack, m, n = param.shape
+    low, basis = torch.Size((*stack, rank, max(m, n))), torch.Size((*stack, min(m, n), rank))
     return {"projection": basis, "exp_avg": low, "exp_avg_sq": low, "step": scalar, "calls": scalar}

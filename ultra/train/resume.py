@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ultra.config.load import load_config
 from ultra.config.run import RunConfig
+from ultra.data.tokenizer import load_tokenizer
 from ultra.errors import UserError
 from ultra.train import checkpoint
 
@@ -44,29 +45,63 @@ def find_start(run_dir: Path, resume: str) -> Path | None:
     return found
 
 
+def changes(cfg: RunConfig, path: Path, section: str) -> dict[str, str]:
+    """Field -> "a there, now b" for what differs between `cfg` and the config beside the weights in `path`."""
+    old = load_config(path / "config.yaml").model_dump(mode="json")[section]
+    new = cfg.model_dump(mode="json")[section]
+    return {
+        key: f"{section}.{key}: {old.get(key)} in the checkpoint, now {value}"
+        for key, value in new.items()
+        if old.get(key) != value
+    }
+
+
 def refuse_other_model(cfg: RunConfig, path: Path) -> None:
     """Raises UserError where the checkpoint's config describes another network; other changes are logged."""
-    old = load_config(path / "config.yaml").model_dump(mode="json")
-    new = cfg.model_dump(mode="json")
-    lines: dict[bool, list[str]] = {True: [], False: []}
-    for section in ("model", "training"):
-        for key, value in new[section].items():
-            if (before := old[section].get(key)) != value:
-                fatal = section == "model" and key not in FREE_ON_RESUME
-                lines[fatal].append(f"{section}.{key}: {before} in the checkpoint, now {value}")
-    if lines[True]:
+    model, training = changes(cfg, path, "model"), changes(cfg, path, "training")
+    if fatal := [line for key, line in model.items() if key not in FREE_ON_RESUME]:
         raise UserError(
-            f"cannot resume from {path}, its network is another one:\n  " + "\n  ".join(lines[True])
+            f"cannot resume from {path}, its network is another one:\n  " + "\n  ".join(fatal)
             + "\nUndo these changes, or take another --run-dir"
         )  # fmt: skip
-    for line in lines[False]:
+    for line in (*model.values(), *training.values()):
         log.warning("changed since the checkpoint: %s", line)
+
+
+def warn_of_other_model(cfg: RunConfig, path: Path) -> None:
+    """Name the fields that change the function of init_from's weights though every shape fits, such as num_heads."""
+    if (path / "config.yaml").is_file():
+        for key, line in changes(cfg, path, "model").items():
+            if key not in FREE_ON_RESUME:
+                log.warning("init_from: %s; the weights fit, but they were trained as another function", line)
+
+
+def with_tokenizer_of(cfg: RunConfig, path: Path) -> RunConfig:
+    """`cfg`, where training.init_from is set, with the tokenizer of the weights that the run starts or goes on from.
+
+    One trained on the new text would give other ids to the same words. Raises UserError when the config names another
+    one, or when the folder has none.
+    """
+    t = cfg.training
+    if t.init_from is None:
+        return cfg
+    if t.tokenizer is not None:
+        refuse_other_vocabulary(load_tokenizer(t.tokenizer).tokenizer, path)
+        return cfg
+    tokenizer = str(tokenizer_file(path))
+    log.info("tokenizer %s", tokenizer)
+    return cfg.model_copy(update={"training": t.model_copy(update={"tokenizer": tokenizer})})
 
 
 def refuse_other_vocabulary(tokenizer: Tokenizer, path: Path) -> None:
     """Raises UserError unless the tokenizer.json of the folder gives the same ids to the same tokens."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with this run's")
+    file = tokenizer_file(path)
     if Tokenizer.from_file(str(file)).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{path} was trained with another vocabulary; set training.tokenizer={file}")
+
+
+def tokenizer_file(path: Path) -> Path:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{path} has no tokenizer.json; put the one that its weights were trained with there")
+    return file

@@ -28,7 +28,13 @@ from ultra.train.evaluation import evaluate
 from ultra.train.metrics import MetricsLog, log_to_folder, open_trackers
 from ultra.train.optim import GroupedOptimizer, collect_groups, table, warn_if_rates_cannot_train
 from ultra.train.precision import LossScale, amp_dtype, autocast, pick_device
-from ultra.train.resume import find_start, refuse_other_model, refuse_other_vocabulary
+from ultra.train.resume import (
+    find_start,
+    refuse_other_model,
+    refuse_other_vocabulary,
+    warn_of_other_model,
+    with_tokenizer_of,
+)
 from ultra.train.schedule import lr_factor
 from ultra.train.signals import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, StopFlag, stop_on_signals
 
@@ -47,22 +53,22 @@ class State:
     best: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # (held-out loss, step), best first
     skipped: int = 0
     bad_windows: int = 0  # in a row
+    pending: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (step, data_step)
     rolled_back_to: int = -1
     reference_ops: bool = False  # a kernel or the mixed precision failed: run on without them
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """One optimizer step whose flags the host has not looked at yet."""
+    """One optimizer step whose flag the host has not looked at yet."""
 
     step: int
-    batches: list[Batch]
+    data_step: int
     fault: Tensor  # 0-d bool: counts against the run
-    finite: Tensor  # 0-d bool: loss and gradient norm
 
 
-class Diverged(Exception):
-    """The policy for bad steps has nothing left to try."""
+class Stopped(Exception):
+    """The run cannot go on: the policy for bad steps has nothing left to try, or the last checkpoint no room."""
 
 
 class Trainer:
@@ -118,16 +124,17 @@ class Trainer:
                 self.optimizer.set_rates(factor, decay=decay)
                 loss, aux_loss, moe_stats = self.backward(micro_batches)
                 statistics = self.statistics(moe_stats)
-                norm = nn.utils.clip_grad_norm_(self.optimizer.params, cfg.grad_clip_max_norm, foreach=True)
+                norm = self.optimizer.grad_norm(self.optimizer.params)
+                nn.utils.clip_grads_with_norm_(self.optimizer.params, cfg.grad_clip_max_norm, norm, foreach=True)
                 bad = self.gate(loss + aux_loss, norm, s.step)
                 self.optimizer.step(bad.float())
                 self.optimizer.zero_grad()
                 self.update_moe_bias(moe_stats, bad)
 
                 s.step += 1
+                self.note(loss + aux_loss, norm, bad)
                 s.data_step += 1
                 s.tokens += sum(batch.input_ids.numel() for batch in micro_batches)
-                self.note(micro_batches, loss, norm, bad)
                 self.metrics.add(
                     {
                         "step": s.step,
@@ -145,9 +152,9 @@ class Trainer:
                 # Reading a value waits for a GPU, but not for a CPU.
                 if self.device.type == "cpu" or s.step % cfg.nan_check_interval == 0:
                     self.metrics.flush()
-                if s.step % cfg.nan_check_interval == 0 or self.evaluation_due() or self.checkpoint_due():
+                if s.step % cfg.nan_check_interval == 0 or self.evaluation_due() or self.regular_checkpoint_due():
                     self.look_at_flags()
-        except Diverged as error:
+        except Stopped as error:
             log.error("%s", error)
             return EXIT_FAILED
         finally:
@@ -165,7 +172,7 @@ class Trainer:
         loss = aux_loss = torch.zeros((), device=self.device)
         moe_stats = []
         for micro, batch in enumerate(micro_batches):
-            torch.manual_seed(counter_seed(self.training.seed, self.state.data_step, micro, self.rank))
+            torch.manual_seed(self.dropout_seed(self.state.data_step, micro))
             batch = batch.to(self.device, non_blocking=True)
             with self.backend():
                 with autocast(self.device, None if self.state.reference_ops else self.amp_dtype):
@@ -191,6 +198,9 @@ class Trainer:
         ]
         return loss, aux_loss, merged
 
+    def dropout_seed(self, data_step: int, micro: int) -> int:
+        return counter_seed(self.training.seed, data_step, micro, self.rank)
+
     def backend(self) -> AbstractContextManager[None]:
         return ultra_kernels.use_backend("reference") if self.state.reference_ops else nullcontext()
 
@@ -209,8 +219,8 @@ class Trainer:
         row: dict[str, Any] = {"loss_scale": self.scale.value} if self.scale.active else {}
         if cfg.log_gradient_stats and (self.state.step + 1) % cfg.gradient_log_interval == 0:
             for group in self.groups:
-                if grads := [p.grad for p in group.tensors if p.grad is not None]:
-                    row[f"grad_norm_{group.name}"] = nn.utils.get_total_norm(grads)
+                if group.params:
+                    row[f"grad_norm_{group.name}"] = self.optimizer.grad_norm(group.tensors)
             row["moe_counts"] = [stats.counts for stats in moe_stats]
             if self.device.type == "cuda":
                 row["max_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
@@ -222,79 +232,93 @@ class Trainer:
             gated = [stats._replace(counts=torch.where(bad, 0, stats.counts)) for stats in moe_stats]
             self.model.update_moe_bias(gated)  # type: ignore[operator]
 
-    def note(self, micro_batches: list[Batch], loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+    def note(self, objective: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Keep what look_at_flags needs, and let the loss scale follow an overflow."""
-        overflow = torch.isfinite(loss) & ~torch.isfinite(norm)
-        # At a scale above 1 an fp16 overflow is how the scale finds its value, not a fault.
-        fault = bad & ~(overflow & (self.scale.value > 1)) if self.scale.active else bad
-        self.scale.update(overflow)
-        self.made.append(Made(self.state.step, micro_batches, fault, torch.isfinite(loss) & torch.isfinite(norm)))
+        fault = bad
+        if self.scale.active:
+            overflow = torch.isfinite(objective) & ~torch.isfinite(norm)
+            # At a scale above 1 an fp16 overflow is how the scale finds its value, not a fault.
+            fault = bad & ~(overflow & (self.scale.value > 1))
+            self.scale.update(overflow)
+        self.made.append(Made(self.state.step, self.state.data_step, fault))
 
     # What to do about bad steps
 
     def look_at_flags(self) -> None:
         """The policy for the window of steps since the last look; every bad one of them was skipped already.
 
-        A non-finite step is run again on the reference ops in fp32: when that is finite, the run goes on with
-        them. After max_nan_retries bad windows in a row the run goes back to its last good checkpoint, or to the
-        start, at half the rates and passes over the samples; where it went back to before, Diverged.
+        The first of them is run again: where only the run's own kernels or precision give a bad step, it goes on with
+        the reference ops in fp32. After max_nan_retries bad windows in a row the run goes back to its last good
+        checkpoint, or to the start, at half the rates and passes over the samples; where it went back to before, or
+        with max_nan_retries 0, Stopped.
         """
-        window, self.made = self.made, []
-        faults = [made for made in window if made.fault]
         s = self.state
+        faults = [*s.pending, *((made.step, made.data_step) for made in self.made if made.fault)]
+        s.pending, self.made = [], []
         if not faults:
             s.bad_windows = 0
             return
         s.skipped += len(faults)
         s.bad_windows += 1
-        listed = ", ".join(str(made.step) for made in faults)
-        samples = sorted(batch.first_sample for made in faults for batch in made.batches)
         log.warning(
-            "skipped step %s (bad window %d in a row): loss or gradient norm not finite, or a spike; "
-            "micro-batches from samples %s",
-            listed, s.bad_windows, ", ".join(map(str, samples[:16])),
+            "skipped step %s (bad window %d in a row): loss or gradient norm not finite, or a spike",
+            ", ".join(str(step) for step, _ in faults), s.bad_windows,
         )  # fmt: skip
-        not_finite = [made for made in faults if not made.finite]
-        if not_finite and not s.reference_ops:
-            self.diagnose(not_finite[0].batches)
-        if s.bad_windows >= max(self.training.max_nan_retries, 1):
-            self.go_back(faults[-1].batches)
+        self.diagnose(faults[0][1])
+        if s.bad_windows and s.bad_windows >= self.training.max_nan_retries:
+            self.go_back(faults[-1][1])
 
-    def diagnose(self, batches: list[Batch]) -> None:
+    def batches_of(self, data_step: int) -> list[Batch]:
+        return next(self.data.train_batches(data_step, rank=self.rank, world_size=self.world_size))
+
+    def diagnose(self, data_step: int) -> None:
         """Tell a fault of data or weights from one of a kernel or mixed precision, and act on the latter."""
-        if found := health.non_finite_documents(self.model, batches, self.device):
-            log.warning("not finite on the reference ops in fp32 either: %s", "; ".join(found[:8]))
+        batches = self.batches_of(data_step)
+        samples = ", ".join(str(batch.first_sample) for batch in batches[:16])
+        log.warning("its micro-batches begin at samples %s", samples)
+        seeds = [self.dropout_seed(data_step, micro) for micro in range(len(batches))]
+        with self.backend():
+            dtype = None if self.state.reference_ops else self.amp_dtype
+            again = health.rerun(self.model, batches, seeds, self.device, dtype)
+        found = "; ".join(again.found[:8]) or f"gradient norm {again.norm:.4g}"
+        if not self.gate.bad(again.loss, again.norm):
+            log.warning("made again it is a good step (%s); its samples are passed over", found)
             return
-        where = health.first_non_finite_module(self.model, batches, self.device, self.amp_dtype)
+        reference = health.rerun_on_reference(self.model, batches, self.device)
+        # Other dropout masks move a norm, but not by half.
+        alike = bool(self.gate.bad(reference.loss, reference.norm) | (reference.norm > again.norm / 2))
+        if alike or self.state.reference_ops:
+            culprits = "; ".join(reference.found[:8]) or f"gradient norm {reference.norm:.4g}"
+            log.warning("data or weights are at fault: bad on the reference ops in fp32 too (%s): %s", found, culprits)
+            return
         log.warning(
-            "finite on the reference ops in fp32: a kernel or the mixed precision is at fault%s. Going on "
-            "with the reference ops in fp32, slowly; please report this with the output of `ultra doctor`",
-            f", first in {where}" if where else "",
+            "a kernel or the mixed precision is at fault: good on the reference ops in fp32, bad as it ran (%s). "
+            "Going on with the reference ops in fp32, slowly; please report this with the output of `ultra doctor`",
+            found,
         )
         self.state.reference_ops, self.state.bad_windows = True, 0
 
-    def go_back(self, batches: list[Batch]) -> None:
+    def go_back(self, data_step: int) -> None:
         """To the last good checkpoint, or to the start where there is none, at half the rates."""
         s = self.state
-        step, path = 0, None
-        for candidate in reversed(checkpoint.steps(self.run_dir)):
-            folder = checkpoint.folder(self.run_dir, candidate)
-            if checkpoint.damage(folder) is None and checkpoint.read_state(folder)["bad_windows"] == 0:
-                step, path = candidate, folder
-                break
-        if step == s.rolled_back_to:
+        step = self.last_good() or 0
+        if self.training.max_nan_retries == 0 or step == s.rolled_back_to:
             dump = self.run_dir / f"dump-step-{s.step:08d}"
-            health.dump(dump, self.model, batches)
-            raise Diverged(
-                f"stopped at step {s.step}: {s.bad_windows} bad windows in a row, and going back to step {step} did "
-                f"not help. The last bad batches and figures per parameter are in {dump}. Try lower rates, a longer "
-                "warm-up, or a smaller grad_clip_max_norm"
+            with self.backend():
+                dtype = None if s.reference_ops else self.amp_dtype
+                health.dump(dump, self.model, self.batches_of(data_step), self.device, dtype)
+            forbidden = self.training.max_nan_retries == 0
+            reason = "max_nan_retries is 0" if forbidden else f"going back to step {step} did not help"
+            raise Stopped(
+                f"stopped at step {s.step} after {s.bad_windows} bad window(s) in a row: {reason}. The last bad "
+                f"batches and figures per layer and parameter are in {dump}. Try lower rates, a longer warm-up, or "
+                "a smaller grad_clip_max_norm"
             )
         now = dataclasses.replace(s)
-        if path is None:
+        if step == 0:
             self.reset()
         else:
-            self.restore(path)
+            self.restore(checkpoint.folder(self.run_dir, step))
         s.data_step, s.skipped, s.reference_ops = now.data_step, now.skipped, now.reference_ops
         s.lr_scale, s.rolled_back_to = now.lr_scale / 2, step
         checkpoint.set_aside_after(self.run_dir, step)
@@ -315,6 +339,24 @@ class Trainer:
         for field in dataclasses.fields(State):
             setattr(self.state, field.name, getattr(State(), field.name))
         self.saved, self.made = 0, []
+
+    def good(self, step: int) -> bool:
+        """Whether no bad step came just before the checkpoint of `step`."""
+        try:
+            state = checkpoint.read_state(checkpoint.folder(self.run_dir, step))
+            return not state["bad_windows"] and not state["pending"]
+        except (OSError, ValueError, KeyError):  # damaged
+            return False
+
+    def last_good(self) -> int | None:
+        """Step of the newest whole checkpoint that is good and whose weights are finite."""
+        for step in reversed(checkpoint.steps(self.run_dir)):
+            path = checkpoint.folder(self.run_dir, step)
+            if self.good(step) and checkpoint.damage(path) is None:
+                weights = checkpoint.read_tensors(path, "model.safetensors").values()
+                if all(bool(torch.isfinite(weight).all()) for weight in weights):
+                    return step
+        return None
 
     # Evaluation and checkpoints
 
@@ -339,6 +381,10 @@ class Trainer:
         if row is None:  # a signal: the resumed run evaluates this step
             return
         s.evaluated, self.eval_loss = s.step, row["eval_loss"]
+        if not math.isfinite(self.eval_loss):
+            log.warning(
+                "held-out loss at step %d is not finite: this step cannot be among the best checkpoints", s.step
+            )
         self.metrics.write([{"step": s.step, **row}])
         log.info(
             "step %d: held-out loss %.4f, on [MASK] alone %.4f, accuracy %.2f %%",
@@ -356,17 +402,22 @@ class Trainer:
         s = self.state
         if s.step == self.saved:
             return False
-        if self.stop() or s.step >= self.total_steps:
+        if self.stop() or self.stop.checkpoint or s.step >= self.total_steps:
             return True
-        regular = s.step % self.training.checkpoint_every_n_steps == 0
-        return s.bad_windows == 0 and (regular or self.stop.checkpoint or self.among_best())
+        return s.bad_windows == 0 and (self.regular_checkpoint_due() or self.among_best())
+
+    def regular_checkpoint_due(self) -> bool:
+        return self.state.step % self.training.checkpoint_every_n_steps == 0 or self.state.step >= self.total_steps
 
     def save(self) -> None:
-        """Write a checkpoint, then delete those that are neither recent nor among the best.
+        """Write a checkpoint, then delete those that are neither recent, nor among the best, nor the last good one.
 
-        A full disk is a warning and another attempt at the next occasion, except at the end of the run.
+        A full disk is a warning and another attempt at the next occasion; at the end of the run, Stopped.
         """
         s = self.state
+        # A signal may have come before the host's next look, which the resumed run makes at its time.
+        s.pending = [*s.pending, *((made.step, made.data_step) for made in self.made if made.fault)]
+        self.made = []
         former = s.best
         if self.among_best():
             s.best = sorted([*s.best, (self.eval_loss, s.step)])[: self.training.num_best_checkpoints]
@@ -393,11 +444,15 @@ class Trainer:
         except OSError as error:
             s.best = former
             if self.stop() or s.step >= self.total_steps:
-                raise
+                raise Stopped(
+                    f"no checkpoint at step {s.step}: {error}; the same command goes on from the last"
+                ) from error
             log.warning("no checkpoint at step %d: %s; the earlier ones stay, training goes on", s.step, error)
             return
-        recent = checkpoint.steps(self.run_dir)[-self.training.max_rolling_checkpoints :]
-        checkpoint.prune(self.run_dir, {s.step, *recent, *(step for _, step in s.best)})
+        there = checkpoint.steps(self.run_dir)
+        recent = there[-self.training.max_rolling_checkpoints :]
+        last_good = next((step for step in reversed(there) if self.good(step)), s.step)
+        checkpoint.prune(self.run_dir, {s.step, last_good, *recent, *(step for _, step in s.best)})
         self.metrics.skip_time(s.tokens)
         log.info("checkpoint %s", path)
 
@@ -415,6 +470,7 @@ class Trainer:
             setattr(self.state, field.name, saved[field.name])
         there = set(checkpoint.steps(self.run_dir))
         self.state.best = [(loss, step) for loss, step in saved["best"] if step in there]
+        self.state.pending = [(step, data_step) for step, data_step in saved["pending"]]
         self.saved, self.made = self.state.step, []
 
     def open_metrics(self) -> MetricsLog:
@@ -448,24 +504,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def start(trainer: Trainer, path: Path | None) -> None:
-    """Bring a new trainer to where the run stands: a checkpoint's state, init_from's weights, or nothing."""
-    init_from = trainer.training.init_from
-    if path is not None:
-        refuse_other_model(trainer.cfg, path)
-        refuse_other_vocabulary(trainer.data.tokenizer, path)
-        trainer.restore(path)
-        checkpoint.set_aside_after(trainer.run_dir, trainer.state.step)
-        log.info("resumed at step %d from %s", trainer.state.step, path)
-    elif init_from is not None:
-        source = checkpoint.resolve(Path(init_from))
-        refuse_other_vocabulary(trainer.data.tokenizer, source)
-        checkpoint.load_model_weights(source, trainer.model)
-        log.info("weights from %s", source)
-
-
 def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
-    """Train as `cfg` says in `run_dir`; the exit code: 0 done, 1 diverged, 75 interrupted and resumable.
+    """Train as `cfg` says in `run_dir`; the exit code: 0 done, 1 stopped, 75 interrupted and resumable.
 
     resume: "auto" goes on from the run folder's newest whole checkpoint if there is one, "never" refuses a
     folder that has one, a path goes on from that checkpoint. Raises UserError for what the user can mend.
@@ -489,17 +529,31 @@ def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
 def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> int:
     device = pick_device(cfg.training.device)
     model = fresh_model(cfg)
+    # What the run starts from, and whether it fits, before hours of tokenising.
+    source = path
+    if path is not None:
+        refuse_other_model(cfg, path)
+    elif cfg.training.init_from is not None:
+        source = checkpoint.resolve(Path(cfg.training.init_from).expanduser())
+        checkpoint.copy_into(model, checkpoint.read_tensors(source, "model.safetensors"), source)
+        warn_of_other_model(cfg, source)
+        log.info("weights from %s", source)
     count = sum(p.numel() for p in model.parameters())
     log.info("ultra %(ultra)s, torch %(torch)s, Python %(python)s", versions())
     log.info("%s parameters on %s, run folder %s", f"{count:,}", device, run_dir)
+    data_cfg = cfg if source is None else with_tokenizer_of(cfg, source)
     try:
-        data = open_data(cfg, should_stop=stop)
+        data = open_data(data_cfg, should_stop=stop)
     except Interrupted:
         log.info("interrupted while the data was prepared; the same command goes on from there")
         return EXIT_INTERRUPTED
     try:
         trainer = Trainer(cfg, run_dir, model.to(device), data, device, stop)
-        start(trainer, path)
+        if path is not None:
+            refuse_other_vocabulary(data.tokenizer, path)
+            trainer.restore(path)
+            checkpoint.set_aside_after(run_dir, trainer.state.step)
+            log.info("resumed at step %d from %s", trainer.state.step, path)
         (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
         log.info("parameter groups:\n%s", table(trainer.groups))
         warn_if_rates_cannot_train(trainer.groups, trainer.total_steps, cfg.training, cfg.model.init_std)
