@@ -249,23 +249,27 @@ def _write_cached(path: Path, vocab: Vocabulary) -> None:
 def mixed_texts(
     sources: list[Source], weights: list[int], limits: list[int], chars: int, should_stop: Callable[[], bool]
 ) -> Iterator[str]:
-    """`chars` characters of the sources' first documents: each next document comes from the source that is furthest
-    behind its weight. A source that ends, or has given its limit of documents, leaves the rest to the others.
+    """Up to `chars` characters of the sources' first documents, `limits` of them at most, in proportion to `weights`:
+    each next document comes from the source that is furthest behind. One that ends starts again, as in training, until
+    all have ended once.
     """
-    streams = [
-        itertools.islice(source.documents(None, Skipped()), limit)
-        for source, limit in zip(sources, limits, strict=True)
-    ]
-    taken = {i: 0 for i in range(len(sources))}  # characters
-    total = 0
-    while taken and total < chars:
+
+    def read(i: int) -> Iterator[str]:
+        return (text for text, _ in itertools.islice(sources[i].documents(None, Skipped()), limits[i]))
+
+    streams = [read(i) for i in range(len(sources))]
+    taken = {i: 0 for i in range(len(sources))}  # characters of each that has any
+    going = set(taken)  # read for the first time
+    while going and sum(taken.values()) < chars:
         if should_stop():
             raise Interrupted
         i = min(taken, key=lambda i: (taken[i] / weights[i], i))
-        text, _ = next(streams[i], (None, ()))
-        if text is None:
-            del taken[i]
+        text = next(streams[i], None)
+        if text is not None:
+            yield text
+            taken[i] += len(text)
             continue
-        yield text
-        taken[i] += len(text)
-        total += len(text)
+        going.discard(i)
+        streams[i] = read(i)
+        if not taken[i]:
+            del taken[i]
