@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ultra
 from ultra.errors import UserError
@@ -73,6 +74,128 @@ def embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_inspect(args: argparse.Namespace) -> int:
+    from ultra.config import load_config
+
+    cfg = load_config(args.config, args.overrides)
+
+    from ultra.data.inspect import inspect
+
+    log_to_stderr()
+    print(inspect(cfg, args.samples))
+    return 0
+
+
+def data_build(args: argparse.Namespace) -> int:
+    from ultra.config import load_config
+
+    cfg = load_config(args.config, args.overrides)
+
+    from ultra.data.build import build
+
+    return until_stopped(lambda should_stop: build(cfg, should_stop), "what is filled stays; the same command goes on")
+
+
+def tokenizer_train(args: argparse.Namespace) -> int:
+    from ultra.data.train_tokenizer import run
+
+    def train(should_stop: Callable[[], bool]) -> str:
+        return run(
+            args.source,
+            args.overrides,
+            kind=args.type,
+            vocab_size=args.vocab_size,
+            output=args.output,
+            text_column=args.text_column,
+            force=args.force,
+            should_stop=should_stop,
+        )
+
+    return until_stopped(train, "nothing written")
+
+
+def until_stopped(work: Callable[[Callable[[], bool]], str], left: str) -> int:
+    """Print the result of `work`, or what is `left` after SIGINT or SIGTERM: then 75, as after training."""
+    from ultra.data.cache import Interrupted
+    from ultra.train.signals import EXIT_INTERRUPTED, stop_on_signals
+
+    log_to_stderr()
+    try:
+        with stop_on_signals() as stop:
+            print(work(stop))
+        return 0
+    except Interrupted:
+        print(f"interrupted; {left}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+def cache_folder(args: argparse.Namespace) -> Path:
+    """DIR, else the cache_dir of --config, else the default one."""
+    from ultra.config import TrainingConfig, load_config
+
+    if args.dir is not None and args.config is not None:
+        raise UserError("give DIR or --config, not both")
+    if args.dir is not None:
+        return Path(args.dir)
+    training = TrainingConfig() if args.config is None else load_config(args.config).training
+    return Path(training.cache_dir).expanduser()
+
+
+def cache_ls(args: argparse.Namespace) -> int:
+    from ultra.data.manage import listing
+
+    print(listing(cache_folder(args)))
+    return 0
+
+
+def cache_verify(args: argparse.Namespace) -> int:
+    from ultra.data.manage import verify
+
+    folder = cache_folder(args)
+    terminal = sys.stderr.isatty()
+    verdict = verify(folder, lambda name: print(f"\r\033[K{name}", end="", file=sys.stderr) if terminal else None)
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr)
+    for problem in verdict.damage:
+        print(f"DAMAGED {problem}")
+    if verdict.unchecked:
+        print(f"no checksum recorded for {len(verdict.unchecked)} files, written by an earlier version:")
+        print(*(f"  {name}" for name in verdict.unchecked), sep="\n")
+    print(
+        f"{verdict.files} files, {len(verdict.damage)} damaged, {len(verdict.unchecked)} without a checksum in {folder}"
+    )
+    if verdict.damage:
+        print(f"`ultra cache rm {folder} KEY` removes a damaged cache (--all: everything); the next run fills it again")
+    return 1 if verdict.damage else 0
+
+
+def cache_rm(args: argparse.Namespace) -> int:
+    from ultra.data.manage import remove
+
+    keys = list(args.words)
+    args.dir = keys.pop(0) if keys and args.config is None else None
+    if args.dir is None and args.config is None:
+        raise UserError("name what to remove: `ultra cache rm DIR KEY`, or `ultra cache rm DIR --all`")
+    if bool(keys) == args.all:
+        raise UserError("give KEYs or --all, not both" if keys else "give a KEY (see `ultra cache ls`), or --all")
+
+    def confirm(question: str) -> bool:
+        if args.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UserError("nothing removed: there is no terminal to ask at; add --yes to remove")
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    print(remove(cache_folder(args), keys, everything=args.all, confirm=confirm))
+    return 0
+
+
 def estimate(args: argparse.Namespace) -> int:
     from ultra.config import load_config
 
@@ -125,8 +248,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ultra {ultra.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, group: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
         sub.set_defaults(command=run, rest=None)
         return sub
 
@@ -172,6 +297,46 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(rest="text")
     sub.add_argument("--input", type=Path, metavar="FILE", help="one text a line")
     sub.add_argument("--output", type=Path, metavar="FILE", help=".npy file; default: JSON lines on stdout")
+    data = commands.add_parser("data", help="look at the data of a configuration, or prepare it")
+    about = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = command("inspect", data_inspect, "counts, lengths, duplicates, waste and decoded masked samples", about)
+    config_arguments(sub)
+    sub.add_argument(
+        "--samples", type=not_negative, default=5, metavar="N", help="training samples to show; default: 5"
+    )
+    sub.epilog = "Looks at what is cached; where nothing is, the first unit (dataset_batch_size documents) is filled."
+    sub = command(
+        "build", data_build, "fill the token cache completely; interrupted, it goes on where it stopped", about
+    )
+    config_arguments(sub)
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer")
+    about = tokenizer.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = command("train", tokenizer_train, "train a tokenizer.json for training.tokenizer", about)
+    sub.add_argument("source", metavar="SOURCE|CONFIG", help="a folder or file of text, `builtin`, or a configuration")
+    sub.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="of CONFIG")
+    sub.set_defaults(rest="overrides")
+    sub.add_argument("--type", choices=["bpe", "wordpiece", "unigram"], default="bpe", help="default: bpe (byte-level)")
+    sub.add_argument("--vocab-size", type=positive, metavar="N", help="default: of CONFIG, else 50000")
+    sub.add_argument("--output", type=Path, required=True, metavar="FILE", help="such as tokenizer.json")
+    sub.add_argument("--text-column", metavar="NAME", help="column of SOURCE that holds the text")
+    sub.add_argument("--force", action="store_true", help="replace FILE")
+    cache = commands.add_parser("cache", help="list, verify or remove token caches")
+    about = cache.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    folder = "a cache_dir; default: that of --config, else the default one"
+    for name, run, text in (
+        ("ls", cache_ls, "what a cache_dir holds"),
+        ("verify", cache_verify, "compare every byte with its checksum; exit code 1: something is damaged"),
+    ):
+        sub = command(name, run, text, about)
+        sub.add_argument("dir", metavar="DIR", nargs="?", help=folder)
+        sub.add_argument("--config", metavar="CONFIG", help="the configuration whose cache_dir is meant")
+    sub = command("rm", cache_rm, "remove caches; asks first, and never while a process fills one of them", about)
+    sub.usage = "ultra cache rm [--yes] (DIR | --config CONFIG) (KEY ... | --all)"
+    sub.add_argument("words", metavar="DIR KEY", nargs="*", default=[], help="a cache_dir, then beginnings of keys")
+    sub.set_defaults(rest="words")
+    sub.add_argument("--config", metavar="CONFIG", help="the configuration whose cache_dir is meant, instead of DIR")
+    sub.add_argument("--all", action="store_true", help="every cache, the trained tokenizers and the index")
+    sub.add_argument("--yes", action="store_true", help="do not ask")
     sub = command("estimate", estimate, "parameters, memory and disk space of CONFIG, without training")
     config_arguments(sub)
     sub = command("verify", verify, "compare every byte of a run's checkpoints with their checksums")
@@ -192,6 +357,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
     return value
+
+
+def not_negative(text: str) -> int:
+    """argparse type: an integer from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0")
+    return int(text)
 
 
 def sleep_while_waiting() -> None:

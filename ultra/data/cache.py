@@ -277,6 +277,9 @@ class Filler(threading.Thread):
         self.documents, self.tokens = documents, sum(u["tokens"] for u in content["units"])
         if cursor is not None:
             log.info("cache %s: going on after %d documents", cache.folder.name[:12], documents)
+        content["source"] = self._source.name
+        if not cache.manifest.exists():  # so that a folder without one is damaged, not just begun
+            cache.write_manifest(content)
         skipped = Skipped()
         before = dict(content["skipped"])
         rows = self._source.documents(cursor, skipped)
@@ -288,7 +291,7 @@ class Filler(threading.Thread):
             if unit.documents:
                 content["units"].append(asdict(unit))
             documents, cursor = documents + unit.documents, unit.cursor
-            content["source"], content["skipped"] = self._source.name, dict(before)
+            content["skipped"] = dict(before)
             for (where, reason), count in skipped.counts.items():
                 key = f"{where}: {reason}"
                 content["skipped"][key] = content["skipped"].get(key, 0) + count

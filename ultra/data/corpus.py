@@ -75,14 +75,15 @@ class Corpus:
             assert sample is not None
         return sample
 
-    def token_counts(self, vocab_size: int) -> np.ndarray:
-        """How often each id occurs in the training documents that the cache holds, int64 [vocab_size]."""
+    def token_counts(self, vocab_size: int, *, validation: bool = False) -> np.ndarray:
+        """How often each id occurs in the training documents that the cache holds, int64 [vocab_size]; validation: in
+        those held out as well."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for unit in self.cache.units:
             offsets, hashes = self.cache.index(unit)
-            training = np.repeat(~self.split.is_validation(hashes), np.diff(offsets))
-            tokens = self.cache.tokens(unit)[: len(training)]
-            counts += np.bincount(tokens[training], minlength=vocab_size)
+            wanted = np.repeat(~self.split.is_validation(hashes) | validation, np.diff(offsets))
+            tokens = self.cache.tokens(unit)[: len(wanted)]
+            counts += np.bincount(tokens[wanted], minlength=vocab_size)
         return counts
 
     def wait(self, ready: Callable[[], bool]) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ultra.data.cache import Filler, TokenCache, Unit, wait_for
+from ultra.data.cache import Filler, TokenCache, Unit
 from ultra.data.corpus import Corpus
 from ultra.data.masking import FIXED_MASKS, FRESH_MASKS, IGNORE, Masker
 from ultra.data.mixture import Mixture
-from ultra.data.prepare import OpenedSource, open_caches, start_fillers, stop_fillers
+from ultra.data.prepare import OpenedSource, open_caches, start_fillers, stop_fillers, wait_for_first_unit
 from ultra.data.tokenizer import Vocabulary
 from ultra.data.windows import SampleOrder, Split, UnitWindows
-from ultra.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -260,6 +259,11 @@ class CorpusData:
             fixed=fixed,
         )
 
+    def sample(self, n: int) -> Batch:
+        """Training sample number n alone, as it stands in its batch."""
+        orders = [SampleOrder(self._cfg.seed) for _ in self.corpora]
+        return self._maker(validation=False)([self._locate(orders, n)])
+
     # ---------------------------------------------------------------- evaluation
 
     def eval_batches(self) -> Iterator[Batch]:
@@ -363,17 +367,6 @@ def open_data(
             part.cache.folder,
         )
     return data
-
-
-def wait_for_first_unit(
-    part: OpenedSource, filler: Filler | None, should_stop: Callable[[], bool], *, whole: bool = False
-) -> None:
-    """Raises UserError when the source ends without one."""
-    cache = part.cache
-    wait_for(cache, filler, lambda: cache.complete or bool(cache.units and not whole), should_stop)
-    if not cache.units:
-        skipped = "; ".join(f"{where} ({count})" for where, count in list(cache.skipped.items())[:20])
-        raise UserError(f"{part.source.name} holds no readable document" + (f"; skipped: {skipped}" if skipped else ""))
 
 
 def make_corpus(cfg: RunConfig, part: OpenedSource, filler: Filler | None, should_stop: Callable[[], bool]) -> Corpus:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from ultra.data.cache import FORMAT, Filler, Index, Interrupted, TokenCache, token_dtype, write_atomic
+from ultra.data.cache import FORMAT, Filler, Index, Interrupted, TokenCache, token_dtype, wait_for, write_atomic
 from ultra.data.encode import Tokenisers
 from ultra.data.mixture import Mixture
 from ultra.data.sources import Skipped, Source, open_sources
@@ -82,13 +82,25 @@ def open_caches(cfg: RunConfig, *, should_stop: Callable[[], bool] = lambda: Fal
     return Opened(vocab, mixture, [OpenedSource(*pair) for pair in zip(sources, caches, strict=True)])
 
 
-def start_fillers(opened: Opened, workers: int) -> list[Filler | None]:
-    """A running filler for each source whose cache is incomplete; `workers` processes tokenise for all of them."""
-    incomplete = [part for part in opened.sources if not part.cache.complete]
+def start_fillers(opened: Opened, workers: int, *, first_unit_only: bool = False) -> list[Filler | None]:
+    """A running filler for each source whose cache is incomplete; `workers` processes tokenise for all of them.
+
+    first_unit_only: for each source without a unit, to end with it.
+    """
+
+    def is_wanted(cache: TokenCache) -> bool:
+        return not cache.complete and not (first_unit_only and cache.units)
+
+    incomplete = [part for part in opened.sources if is_wanted(part.cache)]
     if not incomplete:
         return [None for _ in opened.sources]
     tokenisers = Tokenisers(opened.vocab, token_dtype(opened.vocab.size), workers, users=len(incomplete))
-    fillers = [None if part.cache.complete else Filler(part.cache, part.source, tokenisers) for part in opened.sources]
+    fillers = [
+        Filler(part.cache, part.source, tokenisers, limit=part.cache.documents_per_unit if first_unit_only else None)
+        if is_wanted(part.cache)
+        else None
+        for part in opened.sources
+    ]
     for filler in fillers:
         if filler is not None:
             filler.start()
@@ -103,6 +115,22 @@ def stop_fillers(fillers: list[Filler | None]) -> None:
     for filler in fillers:
         if filler is not None:
             filler.stop()
+
+
+def wait_for_first_unit(
+    part: OpenedSource, filler: Filler | None, should_stop: Callable[[], bool], *, whole: bool = False
+) -> None:
+    """Raises UserError when the source ends without one."""
+    cache = part.cache
+    wait_for(cache, filler, lambda: cache.complete or bool(cache.units and not whole), should_stop)
+    refuse_empty(part)
+
+
+def refuse_empty(part: OpenedSource) -> None:
+    """Raises UserError when the source gave no document."""
+    if not part.cache.units:
+        skipped = "; ".join(f"{where} ({count})" for where, count in list(part.cache.skipped.items())[:20])
+        raise UserError(f"{part.source.name} holds no readable document" + (f"; skipped: {skipped}" if skipped else ""))
 
 
 class _prepare_lock:

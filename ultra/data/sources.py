@@ -287,6 +287,7 @@ class FileSource(Source):
                 f"(but .parquet); found: {others}"
             )
         self._columns: dict[Path, str | None] | None = None
+        self._sizes: list[int] = []
 
     def identity(self) -> list[Any]:
         stats = [(self._where(p), p.stat()) for p in self.files]
@@ -301,7 +302,8 @@ class FileSource(Source):
         return path.relative_to(self.root).as_posix()
 
     def share_read(self, cursor: Cursor) -> float | None:
-        sizes = [path.stat().st_size for path in self.files]
+        self._sizes = self._sizes or [path.stat().st_size for path in self.files]
+        sizes = self._sizes
         at, group, row = cursor
         inside = 0.0
         if _kind(self.files[at]) == ".parquet":

@@ -6,15 +6,16 @@ Two ways from text to ids, never mixed: `encode_documents` treats the text as te
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ultra.errors import UserError
 
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a tokenizer that we train
 MIN_BPE_VOCAB = len(SPECIALS) + 256  # every byte is a token, so no text is unknown
+ALPHABET = 1000  # characters that a word-piece tokenizer knows, the most frequent; BERT's number
+
+Kind = Literal["bpe", "wordpiece", "unigram"]
 
 # Names looked for in a given tokenizer: BERT's, RoBERTa's and T5's, GPT-NeoX's. First match wins.
 _NAMES = {
@@ -158,27 +162,83 @@ def _named_roles(folder: Path) -> dict[str, str]:
     return roles
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Vocabulary:
-    """Byte-level BPE (Radford et al. 2019) with SPECIALS as the first ids; decode(encode(x)) == x for any
-    text.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, kind: Kind = "bpe", *, field: str = "model.vocab_size"
+) -> Vocabulary:
+    """A tokenizer with SPECIALS as the first ids; a corpus too small for `vocab_size` gives fewer ids.
 
-    Deterministic in (texts, vocab_size). A corpus too small for `vocab_size` gives fewer ids.
+    bpe: byte-level BPE (Radford et al. 2019); decode(encode(x)) == x for any text, and deterministic in (texts,
+    vocab_size). wordpiece: BERT's, cased (Devlin et al. 2019); white space and unknown characters are lost. unigram:
+    SentencePiece's (Kudo 2018, arXiv:1804.10959) on NFKC-normalised text. The last two may break ties in another way
+    each time. `field` is what messages call the size. Raises UserError when it is too small for the characters, and
+    when there is no text.
     """
-    if vocab_size < MIN_BPE_VOCAB:
+    if kind == "bpe" and vocab_size < MIN_BPE_VOCAB:
         raise UserError(
-            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer, which needs "
+            f"{field}={vocab_size} is too small for a byte-level tokenizer, which needs "
             f"{MIN_BPE_VOCAB} (256 bytes and {len(SPECIALS)} specials); raise it, or give training.tokenizer"
         )
+    stream = iter(texts)
+    first = next(stream, None)
+    if first is None:
+        raise UserError("there is no text to train a tokenizer on")
+    # lstrip: [MASK] stands for a word with the space before it, which is how words are tokens of bpe and unigram
+    specials = [
+        AddedToken(s, special=True, lstrip=s == "[MASK]" and kind != "wordpiece", normalized=False) for s in SPECIALS
+    ]
+    tokenizer, trainer = _KINDS[kind](vocab_size, specials)
+    too_small = f"{field}={vocab_size} is too small for {kind} on this text: its characters and the specials alone are"
+    try:
+        tokenizer.train_from_iterator(itertools.chain([first], stream), trainer)
+    except Exception as error:  # the Rust side raises plain Exception
+        if "not large enough to contain all chars" in str(error):
+            raise UserError(f"{too_small} more; raise it, or take bpe, which needs {MIN_BPE_VOCAB}") from None
+        raise
+    vocab = vocabulary(tokenizer, where="the trained tokenizer")
+    if vocab.size > vocab_size:
+        raise UserError(f"{too_small} {vocab.size}; raise it, or take bpe, which needs {MIN_BPE_VOCAB}")
+    return vocab
+
+
+def _bpe(size: int, specials: list[AddedToken]) -> tuple[Tokenizer, trainers.BpeTrainer]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=size,
         min_frequency=2,  # a merge seen once only memorises its document
-        # lstrip: [MASK] stands for a word with the space before it, which is how words are tokens here
-        special_tokens=[AddedToken(s, special=True, lstrip=s == "[MASK]", normalized=False) for s in SPECIALS],
+        special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # the set's order changes between runs
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return vocabulary(tokenizer, where="the trained tokenizer")
+
+
+def _wordpiece(size: int, specials: list[AddedToken]) -> tuple[Tokenizer, trainers.WordPieceTrainer]:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer, trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=specials,
+        limit_alphabet=ALPHABET,
+        show_progress=False,
+    )
+
+
+def _unigram(size: int, specials: list[AddedToken]) -> tuple[Tokenizer, trainers.UnigramTrainer]:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer, trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=specials, unk_token="[UNK]", show_progress=False
+    )
+
+
+_KINDS: dict[str, Callable[[int, list[AddedToken]], tuple[Tokenizer, Any]]] = {
+    "bpe": _bpe,
+    "wordpiece": _wordpiece,
+    "unigram": _unigram,
+}
