@@ -47,6 +47,20 @@ BAD = {
     ],
     "estimate": [("", "required: CONFIG"), ("nowhere", "no such file or preset"), ("mini model.x=1", "unknown field")],
     "verify": [("", "required: PATH"), ("nowhere", "no such folder"), ("file", "neither a run folder")],
+    # these six at length in tests/data/test_commands.py
+    "data inspect": [
+        ("", "required: CONFIG"),
+        ("nowhere", "no such file or preset"),
+        ("mini --samples x", "--samples"),
+    ],
+    "data build": [("", "required: CONFIG"), ("mini training.cache_dir=file/x", "training.cache_dir=file/x cannot be")],
+    "tokenizer train": [
+        ("builtin", "required: --output"),
+        ("nowhere --output t.json", "SOURCE=nowhere does not exist"),
+    ],
+    "cache ls": [("nowhere", "nowhere: no such folder"), ("file", "Not a directory")],
+    "cache verify": [("nowhere", "nowhere: no such folder"), (".", "nothing to verify")],
+    "cache rm": [("", "name what to remove"), (".", "give a KEY"), (". --all --yes", "nothing to remove")],
     "doctor": [("extra", "unrecognized arguments: extra")],
     "schema": [("extra", "unrecognized arguments: extra")],
     "config explain": [("", "required: FIELD"), ("hiden_size", "unknown field; did you mean 'model.hidden_size'?")],

@@ -279,11 +279,13 @@ def mixed_texts(
 ) -> Iterator[str]:
     """Up to `chars` characters of the sources' first documents, `limits` of them at most, in proportion to `weights`:
     each next document comes from the source that is furthest behind. One that ends starts again, as in training, until
-    all have ended once.
+    all have ended once. Raises UserError when there is none, and Interrupted.
     """
 
+    skipped = Skipped()
+
     def read(i: int) -> Iterator[str]:
-        return (text for text, _ in itertools.islice(sources[i].documents(None, Skipped()), limits[i]))
+        return (text for text, _ in itertools.islice(sources[i].documents(None, skipped), limits[i]))
 
     streams = [read(i) for i in range(len(sources))]
     taken = {i: 0 for i in range(len(sources))}  # characters of each that has any
@@ -301,3 +303,6 @@ def mixed_texts(
         streams[i] = read(i)
         if not taken[i]:
             del taken[i]
+    if not any(taken.values()):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"{names} holds no readable document" + (f"; skipped: {skipped}" if skipped.counts else ""))
