@@ -27,7 +27,7 @@ def about() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.is_available()
-    return {
+    facts = {
         "machine": torch.cuda.get_device_name() if gpu else cpu_name(),
         "gpu": gpu,
         "compute_capability": list(torch.cuda.get_device_capability()) if gpu else None,
@@ -41,6 +41,7 @@ def about() -> dict[str, Any]:
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty"),
         "sources": source_hash(),
     }
+    return facts | {"key": key(facts)}
 
 
 def cpu_name() -> str:
@@ -95,4 +96,4 @@ def _version(distribution: str) -> str | None:
 if __name__ == "__main__":
     facts = about()
     Path(sys.argv[1]).write_text(json.dumps(facts, indent=1) + "\n")
-    sys.stdout.write(f"{facts['machine'] if facts['gpu'] else ''}\n{slug(facts['machine'])}\n{key(facts)}\n")
+    sys.stdout.write(f"{facts['machine'] if facts['gpu'] else ''}\n{slug(facts['machine'])}\n{facts['key']}\n")
