@@ -16,13 +16,15 @@ usage: bench/gpu_check.sh [all|build|test|train|sanitize|bench|summary]... [opti
   summary    write summary.md from what there is
 
   --wheels DIR      a folder of wheels for what is missing (bench/README.md has the command that fills it)
-  --out DIR         also copy results here (default: $OUT if set; they are always in build/gpu_check)
+  --out DIR         copy the results here too (default: $OUT, if set)
   --budget SECONDS  time for all parts together (default 520); a part that is cut short goes on at the next call
   --force           run parts again that were finished for these sources on this GPU
   -h, --help        this text
 
-A part that was finished for the same sources, GPU and versions is not run again. $PYTHON names the interpreter
-(default python3); it needs torch, triton, pytest and pyyaml. No network is used.
+A part that was finished for the same sources, GPU and versions is not run again. No network is used. Environment:
+
+  PYTHON            the interpreter, python3 by default; it needs torch, triton, pytest and pyyaml
+  GPU_CHECK_DIR     where results and the built environment are kept, build/gpu_check by default
 
 exit status: 0 all well; 1 a part failed or is incomplete; 2 wrong usage; 77 no GPU: only what needs none was run
 TEXT
@@ -59,8 +61,9 @@ done
 [[ ${#asked[@]} -gt 0 ]] || asked=(all)
 [[ " ${asked[*]} " != *" all "* ]] || asked=("${PARTS[@]}" summary)
 
-work=build/gpu_check
+work=${GPU_CHECK_DIR:-build/gpu_check}
 mkdir -p "$work" ${out:+"$out"} || exit 1
+work=$(realpath "$work")
 outcomes=$work/outcomes.jsonl
 # This tree first, and nothing of the user's environment that would steer the ops.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
@@ -105,6 +108,16 @@ missing() { # module...: prints those that cannot be imported
 print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))' "$@"
 }
 
+environment() { # an environment that sees this interpreter's packages, also when that is in an environment itself
+    local of
+    of=$("$python" -c 'import sys; print(sys.executable, sys.version)') || return
+    [[ $(cat "$work/venv/of" 2>/dev/null) != "$of" ]] || return 0
+    "$python" -m venv --clear --without-pip "$work/venv" || return
+    "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+        >"$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" || return
+    printf '%s\n' "$of" >"$work/venv/of"
+}
+
 from_wheels() { # what for, module=package...: installs the packages of missing modules from --wheels; 1 if some stay missing
     local purpose=$1 pair absent packages=()
     shift
@@ -118,6 +131,7 @@ from_wheels() { # what for, module=package...: installs the packages of missing 
         reason+="; give --wheels"
         return 1
     fi
+    environment || return 1
     if ! limited "$(venv_python)" -m pip install --no-index --find-links "$wheels" "${packages[@]}"; then
         reason+=", and not all in $wheels"
         return 1
@@ -125,19 +139,12 @@ from_wheels() { # what for, module=package...: installs the packages of missing 
     reason=""
 }
 
-environment() { # an environment that sees this interpreter's packages, also when that is in an environment itself
-    [[ -x $work/venv/bin/python ]] && "$work/venv/bin/python" -c 'import torch' 2>/dev/null && return
-    "$python" -m venv --clear --without-pip "$work/venv" || return
-    "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith(("-packages"))), sep="\n")' \
-        >"$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
-}
-
 pytest_part() { # part, pytest arguments...: goes on in a new process when a kernel has broken the CUDA context or crashed
     local part=$1 status lines
     shift
     while :; do
         lines=$(wc -l <"$outcomes")
-        limited "$(venv_python)" -m pytest -q -rs -p no:cacheprovider -p bench.outcomes \
+        limited "$(venv_python)" -m pytest -q -rs -o "cache_dir=$work/pytest_cache" -p bench.pytest_outcomes \
             --outcomes "$outcomes" --outcomes-part "$part" "$@"
         status=$?
         # 86: the plugin ended it; above 128: a signal did. Without a new line it would happen again.
@@ -151,8 +158,12 @@ pytest_part() { # part, pytest arguments...: goes on in a new process when a ker
     return $status
 }
 
+last_error() { # log: its last line that names an error, else its last line
+    grep -oE '[A-Za-z]*(Error|error): .*' "$1" | tail -n 1 | grep . || tail -n 1 "$1"
+}
+
 collect() { # pytest arguments...: what would run
-    limited "$(venv_python)" -m pytest -q -p no:cacheprovider --collect-only "$@"
+    limited "$(venv_python)" -m pytest -q -o "cache_dir=$work/pytest_cache" --collect-only "$@"
 }
 
 # --- the parts: 0 passed, 77 skipped for $reason, 124 out of time, otherwise failed ---
@@ -165,7 +176,7 @@ run_build() {
     # version and file names stay the same: without --force-reinstall an older build would be kept
     limited "$work/venv/bin/python" -m pip install . \
         --no-build-isolation --no-deps --no-index --force-reinstall || return
-    reason=$(cd / && PYTHONPATH='' "$OLDPWD/$work/venv/bin/python" "$OLDPWD/bench/built.py") || return
+    reason=$(cd / && PYTHONPATH='' "$work/venv/bin/python" "$OLDPWD/bench/built.py") || return
     reason+=${lacking:+ ($lacking)}
 }
 
@@ -258,7 +269,7 @@ for part in "${asked[@]}"; do
         0) result=passed ;;
         77) result=skipped ;;
         124) result=incomplete reason="out of time; call again to go on" ;;
-        *) result=failed reason="exit status $status: see $part.log" ;;
+        *) result=failed reason="exit status $status, $(last_error "$work/$part.log")" ;;
     esac
     [[ $result == passed || $result == skipped ]] || failed=yes
     "$python" bench/outcomes.py "$outcomes" add "$part" "$result" $((SECONDS - started)) "$reason"

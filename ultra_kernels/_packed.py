@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 # A sequence joins a group only if it is at least this share of the group's longest: at 0.6 padding at most triples the
@@ -41,45 +40,39 @@ class Packing:
     """
 
     def __init__(self, cu_seqlens: torch.Tensor, total: int) -> None:
-        bounds = cu_seqlens.detach().cpu().numpy().astype(np.int64)
-        lengths = np.diff(bounds)
+        bounds = cu_seqlens.detach().to("cpu", torch.int64)
+        lengths = bounds.diff()
         if bounds[0] != 0 or bounds[-1] != total or (lengths < 0).any():
             raise ValueError(
                 f"cu_seqlens must ascend from 0 to the number of rows, {total}; got {_short(bounds.tolist())}"
             )
         device = cu_seqlens.device
-        order = np.argsort(-lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        sorted_lengths = lengths[order]
+        sorted_lengths, order = lengths.sort(stable=True, descending=True)
+        filled = int((lengths > 0).sum())
+        sorted_lengths, order = sorted_lengths[:filled], order[:filled]
         self.total, self.groups = total, []
-        self._equal = bool(len(order)) and sorted_lengths[0] == sorted_lengths[-1]
+        self._equal = filled > 0 and bool(sorted_lengths[0] == sorted_lengths[-1])
         if self._equal:
-            order = np.sort(order)
+            order = order.sort().values
         takes = []
-        back = np.empty(total, np.int64)
+        back = torch.empty(total, dtype=torch.int64)
         first, offset = 0, 0
-        while first < len(order):
+        while first < filled:
             L = int(sorted_lengths[first])
-            last = int(np.count_nonzero(sorted_lengths >= L * _SHARE))
+            last = int((sorted_lengths >= L * _SHARE).sum())
             members, S = order[first:last], last - first
             sizes = lengths[members]
             same = bool(sizes[-1] == L)
-            self.groups.append(
-                Group(
-                    torch.from_numpy(members).to(device),
-                    S,
-                    L,
-                    None if same else torch.from_numpy(sizes).to(device),
-                )
-            )
+            self.groups.append(Group(members.to(device), S, L, None if same else sizes.to(device)))
             if not self._equal:
-                inside = np.arange(L) < sizes[:, None]
-                rows = bounds[members][:, None] + np.arange(L)
-                takes.append(torch.from_numpy(np.where(inside, rows, total).ravel()).to(device))  # pads: row `total`
-                back[rows[inside]] = offset + np.flatnonzero(inside)
+                place = torch.arange(L)
+                inside = place < sizes[:, None]
+                rows = bounds[members][:, None] + place
+                takes.append(rows.masked_fill(~inside, total).flatten().to(device))  # pads: row `total`
+                back[rows[inside]] = offset + inside.flatten().nonzero().squeeze(1)
             first, offset = last, offset + S * L
         self._takes = takes
-        self._back = torch.from_numpy(back).to(device)
+        self._back = back.to(device)
 
     def pad(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """x [1,T,...] as one block [S,L,...] per group, zeros at pads; a view when all lengths are equal."""

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu, softplus
 
+pytest.importorskip("pydantic")  # of the trainer's mixers; the layers need torch alone
+
 from ultra.config import UltraConfig
 from ultra.layers.sequences import Sequences
 from ultra.mixers import MIXERS

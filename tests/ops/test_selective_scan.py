@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -45,6 +44,7 @@ def close(got: torch.Tensor, want: torch.Tensor, terms: int) -> None:
 
 def literal(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """mamba-ssm's selective_scan_ref, one number at a time."""
+    np = pytest.importorskip("numpy")
     batch, channels, length = u.shape
     groups = B.shape[1] if B.ndim == 4 else 1
     B, C = (M.reshape(batch, groups, A.shape[1], length) for M in (B, C))
