@@ -196,6 +196,64 @@ def test_build_in_a_process_of_its_own(config: str, tmp_path: Path) -> None:
     assert "260 documents" in done.stdout and "\r" not in done.stderr  # plain lines where there is no terminal
 
 
+KILLED = """
+import sys, time
+from ultra.cli import main
+from ultra.data import cache, encode
+encode.IN_PROCESS_CHARS, encode.CHARS_PER_PROCESS, encode.cores, cache.CHUNK_DOCUMENTS = 0, 1, lambda: 2, 5
+make, call = encode.Process.__init__, encode.Process.__call__
+
+def announced(self, *args):
+    make(self, *args)
+    print(self.pid, flush=True)
+
+def slow(self, texts):
+    time.sleep(0.05)
+    return call(self, texts)
+
+encode.Process.__init__, encode.Process.__call__ = announced, slow
+main(sys.argv[1:])
+"""
+
+
+def test_build_killed_loses_one_unit_and_leaves_no_process(config: str, tmp_path: Path, capsys) -> None:
+    builder = subprocess.Popen(
+        [sys.executable, "-c", KILLED, "data", "build", config, "training.num_workers=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert builder.stdout is not None
+    end = time.monotonic() + 60
+    while not (caches(tmp_path) and documents(caches(tmp_path)[0])) and time.monotonic() < end:
+        time.sleep(0.01)
+    builder.kill()
+    builder.wait()
+    pids = [int(line) for line in builder.stdout]
+    assert pids
+    [folder] = caches(tmp_path)
+    assert documents(folder) in ([100], [100, 100])
+    end = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not any(alive(pid) for pid in pids)
+    assert verify(tmp_path / "cache").damage == []
+    assert main(["data", "build", config]) == 0
+    got = tree(folder)
+    shutil.rmtree(tmp_path / "cache")
+    assert main(["data", "build", config]) == 0
+    wanted = tree(folder)
+    assert {name: got[name] for name in wanted} == wanted
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_build_refills_on_demand(config: str, tmp_path: Path, capsys) -> None:
     assert main(["data", "build", config]) == 0
     path = caches(tmp_path)[0] / "unit-00000.bin"

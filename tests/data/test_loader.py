@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,50 @@ def test_workers_change_nothing(make_cfg, data: CorpusData, workers: int) -> Non
     parallel.close()
 
 
+def children() -> set[int]:
+    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts processes in /proc")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_dataloader_workers_is_the_number_of_processes(make_cfg, workers: int) -> None:
+    before = children()
+    data = open_data(make_cfg(dataloader_workers=workers, stream_local_parquet=False))
+    assert children() == before
+    steps(data, 0, 1)
+    batches = data.train_batches(0)
+    next(batches)
+    assert len(children() - before) == workers
+    data.close()
+    assert children() == before
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_training_starts_after_the_first_unit_or_after_the_whole_cache(make_cfg, monkeypatch, streaming: bool) -> None:
+    release, write = threading.Event(), Filler._write_unit
+
+    def gated(self, number: int, *args):
+        assert number == 0 or release.wait(30)
+        return write(self, number, *args)
+
+    monkeypatch.setattr(Filler, "_write_unit", gated)
+    if not streaming:
+        threading.Timer(0.5, release.set).start()
+    data = open_data(make_cfg(stream_local_parquet=streaming))
+    assert release.is_set() is not streaming  # streaming: it did not wait
+    assert len(data.corpora[0].cache.units) == (1 if streaming else 3)
+    next(data.train_batches(0))
+    release.set()
+    data.close()
+
+
+@pytest.mark.parametrize("rows", [1, 37, 1000])
+def test_dataset_batch_size_is_the_documents_of_a_unit(make_cfg, rows: int) -> None:
+    data = open_data(make_cfg(dataset_batch_size=rows, max_samples=80, stream_local_parquet=False))
+    assert [u.documents for u in data.corpora[0].cache.units] == [min(rows, 80 - i) for i in range(0, 80, rows)]
+
+
 SIGNALLED = """
 import os, pickle, signal, sys, time
 from ultra.data import open_data
@@ -179,8 +225,6 @@ def test_any_number_of_processes_sees_the_same_global_batch(make_cfg, world: int
 
 
 def test_order_does_not_depend_on_the_filling(make_cfg, data: CorpusData, monkeypatch, tmp_path: Path) -> None:
-    import threading
-
     wanted = steps(data, 0, 40)
     gate = threading.Semaphore(1)
     write = Filler._write_unit

@@ -252,6 +252,25 @@ def test_a_source_that_is_missing_or_empty_is_named(mixed, folders: list[Path]) 
         open_data(mixed())
 
 
+def test_a_dataset_and_the_builtin_corpus_as_sources(make_cfg, folders: list[Path], tokenizer, monkeypatch) -> None:
+    pytest.importorskip("datasets")
+    from ultra.config.training import SourceFields
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folders[0].parent / "hf"))
+    sources = (
+        SourceFields(dataset_name=str(folders[0]), text_column="body"),
+        SourceFields(builtin=True, weight=3.0),
+    )
+    settings = {"local_parquet_dir": None, "tokenizer": tokenizer, "max_samples": 100}
+    data = open_data(make_cfg(sources=sources, stream_local_parquet=False, **settings))
+    assert [sum(u.documents for u in c.cache.units) for c in data.corpora] == [25, 75]
+    next(data.train_batches(0))
+    with pytest.raises(UserError, match=r"dataset_split of training\.sources\[0\]"):
+        bad = SourceFields(dataset_name=str(folders[0]), dataset_split="none")
+        open_data(make_cfg(sources=(bad,), **settings))
+    data.close()
+
+
 # ---------------------------------------------------------------- the field
 
 
