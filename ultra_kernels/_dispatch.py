@@ -8,18 +8,20 @@ A backend asked for by name that cannot run raises `BackendUnavailable`; automat
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 Backend = Literal["cuda", "triton", "native", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 # The file of an op's folder that holds each backend.
 _FILES = {"cuda": "cuda", "triton": "triton_kernels", "native": "native", "reference": "reference"}
 
@@ -181,17 +183,77 @@ def define_differentiable(
     """
     forward_op = define(forward_schema, forward, forward_fake)
     backward_op = define(backward_schema, backward, backward_fake)
-    name, backward_name = forward_op.name(), backward_op.name()
     _register_autograd(forward_op, setup_context, gradients)
-
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{name} has no second derivative: its backward is a fused kernel. Run it with backend='reference' "
-            "to differentiate twice."
-        )
-
-    torch.library.register_autograd(backward_name, refuse, lib=_library)
+    _refuse_second_derivative(
+        forward_op, backward_op, "its backward is a fused kernel. Run it with backend='reference'"
+    )
     return forward_op, backward_op
+
+
+def _refuse_second_derivative(forward_op: Any, backward_op: Any, reason: str) -> None:
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{forward_op.name()} has no second derivative: {reason} to differentiate twice.")
+
+    torch.library.register_autograd(backward_op.name(), refuse, lib=_library)
+
+
+def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Makes a function of tensors one op for torch.compile; an eager call runs, and differentiates, the function.
+
+    For references whose steps depend on data or lengths, which a compiled graph could not hold or would hold for one
+    length alone. `fake` returns the outputs without data; they are contiguous and alias no input. The op's backward
+    runs the function again with a graph, which costs one more forward; a second derivative is refused.
+    """
+    name, rest = schema.split("(", 1)
+    arguments = rest.rsplit(") ->", 1)[0]
+
+    def decorate(function: _Function) -> _Function:
+        def forward(*args: Any) -> Any:
+            with torch.no_grad(), full_precision(args[0]):
+                out = function(*args)
+            return tuple(o.contiguous() for o in out) if isinstance(out, tuple) else out.contiguous()
+
+        def backward(grads: list[torch.Tensor], needs: list[bool], *args: Any) -> list[torch.Tensor]:
+            # Inside an op torch leaves autograd out.
+            again = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+            with again, torch.enable_grad(), full_precision(args[0]):
+                args = tuple(
+                    a.detach().requires_grad_(n) if isinstance(a, torch.Tensor) else a
+                    for a, n in zip(args, needs, strict=True)
+                )
+                out = function(*args)
+                pairs = zip(out if isinstance(out, tuple) else (out,), grads, strict=True)
+                outs, grads_of = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)
+                wanted = [a for a, n in zip(args, needs, strict=True) if n]
+                found = torch.autograd.grad(outs, wanted, grads_of, allow_unused=True, materialize_grads=True)
+            return [g.contiguous() for g in found]
+
+        def backward_fake(grads: list[torch.Tensor], needs: list[bool], *args: Any) -> list[torch.Tensor]:
+            return [a.new_empty(a.shape) for a, n in zip(args, needs, strict=True) if n]
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
+            ctx.rest = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
+
+        def gradients(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            tensors, needs = iter(ctx.saved_tensors), list(ctx.needs_input_grad)
+            args = [next(tensors) if a is None else a[0] for a in ctx.rest]
+            found = iter(backward_op(list(grads), needs, *args))
+            return tuple(next(found) if n else None for n in needs)
+
+        forward_op = define(schema, forward, fake)
+        backward_schema = f"{name}_backward(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]"
+        backward_op = define(backward_schema, backward, backward_fake)
+        _register_autograd(forward_op, setup_context, gradients)
+        _refuse_second_derivative(forward_op, backward_op, "torch.compile runs it as one op. Call it eagerly")
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return forward_op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -121,7 +121,6 @@ class _Unpad(torch.autograd.Function):
         return None, *_Pad.apply(grad, ctx.packing)  # type: ignore[no-untyped-call]
 
 
-@torch.compiler.disable(recursive=True)  # the groups depend on data: a compiled caller breaks its graph here
 def by_sequence(dense: Callable[..., torch.Tensor], cu_seqlens: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
     """Packed rows [1,T,...] through dense(group, *blocks [S,L,...]) -> [S,L,...], group by group, to rows [1,T,...]."""
     packing = Packing(cu_seqlens, rows[0].shape[1])

@@ -50,9 +50,9 @@ def test_literal_sum(direction: str, scale) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 16, 36, 37, 38, 64])
 def test_chunkwise_is_parallel(direction: str, chunk: int) -> None:
     q, k, v, decay = inputs()
-    whole = reference.retention(q, k, v, decay, None, direction, chunk=1000)
+    whole = retention(q, k, v, decay, direction=direction, chunk_size=1000)
     torch.testing.assert_close(
-        reference.retention(q, k, v, decay, None, direction, chunk=chunk), whole, rtol=1e-12, atol=1e-12
+        retention(q, k, v, decay, direction=direction, chunk_size=chunk), whole, rtol=1e-12, atol=1e-12
     )
 
 
@@ -61,7 +61,7 @@ def test_chunkwise_gradients_are_parallel_ones(direction: str) -> None:
     leaves = [x.requires_grad_() for x in inputs()[:3]]
     decay, cotangent = inputs()[3], rand(2, 37, 3, 5, seed=9)
     grads = [
-        torch.autograd.grad(reference.retention(*leaves, decay, None, direction, chunk=c), leaves, cotangent)
+        torch.autograd.grad(retention(*leaves, decay, direction=direction, chunk_size=c), leaves, cotangent)
         for c in (1000, 8)
     ]
     for a, b in zip(*grads, strict=True):
@@ -72,7 +72,9 @@ def test_chunkwise_gradients_are_parallel_ones(direction: str) -> None:
 def test_recurrent_is_parallel_with_states(chunk: int) -> None:
     q, k, v, decay = inputs()
     start = rand(2, 3, 4, 5, seed=3)
-    o, final = reference.retention(q, k, v, decay, 0.4, "forward", None, start, True, chunk=chunk)
+    o, final = retention(
+        q, k, v, decay, scale=0.4, direction="forward", initial_state=start, output_final_state=True, chunk_size=chunk
+    )
     state = start
     for t in range(q.shape[1]):
         step, state = retention_step(q[:, t], k[:, t], v[:, t], decay, state, scale=0.4)
@@ -97,8 +99,8 @@ def test_flipping_time_swaps_directions(chunk: int) -> None:
     flipped = [x.flip(1) for x in (q, k, v)]
     for there, back in zip(DIRECTIONS, ("backward", "forward", "bidirectional"), strict=True):
         torch.testing.assert_close(
-            reference.retention(*flipped, decay, None, there, chunk=chunk).flip(1),
-            reference.retention(q, k, v, decay, None, back, chunk=chunk),
+            retention(*flipped, decay, direction=there, chunk_size=chunk).flip(1),
+            retention(q, k, v, decay, direction=back, chunk_size=chunk),
             rtol=1e-12, atol=1e-12,
         )  # fmt: skip
 
@@ -111,11 +113,12 @@ def test_packed_sequences_are_alone(direction: str, chunk: int | None) -> None:
     start = rand(len(lengths), 3, 4, 5, seed=4) if direction == "forward" else None
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     forward = start is not None
-    packed = reference.retention(q, k, v, decay, None, direction, cu, start, forward, chunk=chunk)
+    options = dict(direction=direction, output_final_state=forward)
+    packed = retention(q, k, v, decay, cu_seqlens=cu, initial_state=start, chunk_size=chunk, **options)
     o, final = packed if forward else (packed, None)
     for s, n in enumerate(lengths):
         part = [x[:, cu[s] : cu[s] + n] for x in (q, k, v)]
-        alone = reference.retention(*part, decay, None, direction, None, start[s : s + 1] if forward else None, forward)
+        alone = retention(*part, decay, initial_state=start[s : s + 1] if forward else None, **options)
         torch.testing.assert_close(o[:, cu[s] : cu[s] + n], alone[0] if forward else alone, rtol=1e-12, atol=1e-12)
         if forward:
             torch.testing.assert_close(final[s : s + 1], alone[1], rtol=1e-12, atol=1e-12)
@@ -141,7 +144,10 @@ def test_gradcheck() -> None:
     for chunk in (2, 100):
 
         def f(q, k, v, scale, start, chunk=chunk):
-            return reference.retention(q, k, v, decay, scale, "forward", cu, start, True, chunk=chunk)
+            return retention(
+                q, k, v, decay, scale=scale, direction="forward", cu_seqlens=cu, initial_state=start,
+                output_final_state=True, chunk_size=chunk,
+            )  # fmt: skip
 
         assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(lambda x: f(x, k, v, scale, start)[0], leaves[:1])
@@ -152,7 +158,7 @@ def test_long_float32_stays_finite_and_right() -> None:
     q, k, v, decay = inputs(B=1, T=5000, H=3, K=4, V=2)
     with torch.no_grad():
         got = retention(q.float(), k.float(), v.float(), decay.float())
-        want = reference.retention(q, k, v, decay, chunk=250)
+        want = retention(q, k, v, decay, chunk_size=250)
     # the head that never decays sums T·K terms
     assert (got - want).abs().max() < 4 * 1.2e-7 * math.sqrt(5000 * 4) * want.abs().max()
 

@@ -10,6 +10,7 @@ from ultra.layers.linear import RMSNorm, make_linear
 from ultra.layers.module import Mixer
 from ultra.layers.sequences import Sequences
 from ultra_kernels import rotary
+from ultra_kernels._dispatch import autocast, opaque
 
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values [P,H,K] before every sequence
 
@@ -24,12 +25,37 @@ def softmax_attention(
     """
     if seqs.cu_seqlens is None:
         return _dense(q, k, v, prefix)
+    q, k, v = autocast(q, k, v)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and prefix is None:
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = seqs.cu_seqlens, seqs.max_seqlen
         out: torch.Tensor = varlen_attn(q[0], k[0], v[0], cu, cu, longest, longest)  # type: ignore[assignment]
         return out[None]
+    if torch.compiler.is_compiling():
+        prefix_k, prefix_v = prefix or (None, None)
+        return _packed(q, k, v, prefix_k, prefix_v, seqs.cu_seqlens)
+    return _grouped(q, k, v, seqs, prefix)
+
+
+@opaque(  # the groups depend on the lengths
+    "packed_softmax_attention(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor cu_seqlens) "
+    "-> Tensor",
+    lambda q, k, v, *rest: q.new_empty(v.shape),
+)
+def _packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    prefix = None if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
+    return _grouped(q, k, v, Sequences.packed(cu_seqlens, 0, q.shape[1]), prefix)
+
+
+def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqs: Sequences, prefix: Prefix | None) -> torch.Tensor:
     if seqs.by_length is None:
         shape = (len(seqs.lengths), seqs.lengths[0] if seqs.lengths else 0, *q.shape[2:])
         return _dense(q.reshape(shape), k.reshape(shape), v.reshape(shape), prefix).reshape(q.shape)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize, silu
+from torch.nn.functional import linear, normalize, silu
 
 from ultra.layers.linear import init_normal_, make_linear
 from ultra.layers.module import Component, wide
 from ultra.layers.sequences import Sequences
+from ultra_kernels._dispatch import full_precision, opaque
 
 if TYPE_CHECKING:
     from ultra.config.fields import ModelFields
@@ -71,8 +72,8 @@ class LinearMemory(Component):
         self.rates = nn.Linear(D, 3 * self.H)
         self.gate = nn.Linear(D, D)
         self.out = make_linear(cfg, D, D, sub_norm=True, residual_out=True)
-        for linear in (self.rates, self.gate):
-            init_normal_(linear.weight, cfg)
+        for layer in (self.rates, self.gate):
+            init_normal_(layer.weight, cfg)
         with torch.no_grad():
             self.gate.bias.fill_(-2.0)  # the branch starts nearly closed
             # momentum 0.5, half the largest stable step, and a memory of about 50 tokens
@@ -83,27 +84,43 @@ class LinearMemory(Component):
         shape = (B, T, 3, self.H, D // self.H)
         q, k, v = self.qkv(x).view(shape).unbind(2)
         q, k = normalize(silu(q), dim=-1), normalize(silu(k), dim=-1)
-        eta, theta, alpha = self.rates(x).sigmoid().view(B, T, 3, self.H).unbind(2)
-        streams = wide(torch.cat((q, k, v, torch.stack((eta, theta, alpha), -1)), -1))  # [B,T,H,3K+3]
-        y = streams.new_zeros(B, T, self.H, D // self.H)
-        for rows in directions(seqs, B, T, x.device):
-            # [S,L] flat token numbers, -1 behind a shorter sequence's end: those tokens come last and touch nothing
-            valid = rows >= 0
-            part = streams.flatten(0, 1)[rows.clamp_min(0)].transpose(1, 2)  # [S,H,L,3K+3]
-            qp, kp, vp, rates = part.split([D // self.H] * 3 + [3], -1)
-            # a step of at most 1/CHUNK keeps a whole chunk of equal keys below the stability limit 2
-            read = linear_memory(qp, kp, vp, rates[..., 0], rates[..., 1] / CHUNK, rates[..., 2])
-            y = y.flatten(0, 1).index_add(0, rows[valid], read.transpose(1, 2)[valid]).view(y.shape)
+        with full_precision(x):  # a memory is a state, and its decays are products over the whole sequence
+            rates = linear(wide(x), wide(self.rates.weight), wide(self.rates.bias)).sigmoid()
+            eta_theta_alpha = rates.view(B, T, 3, self.H).transpose(2, 3)
+            streams = torch.cat((*(wide(t) for t in (q, k, v)), eta_theta_alpha), -1)  # [B,T,H,3K+3]
+            y = read_both_ways(streams, seqs.cu_seqlens, seqs.max_seqlen)
         return torch.sigmoid(self.gate(x)) * self.out(y.to(x.dtype).flatten(2))
 
 
-def directions(seqs: Sequences, B: int, T: int, device: torch.device) -> list[torch.Tensor]:
+@opaque(
+    "linear_memory(Tensor streams, Tensor? cu_seqlens, SymInt max_seqlen) -> Tensor",
+    lambda streams, *rest: streams.new_empty(*streams.shape[:3], (streams.shape[3] - 3) // 3),
+)
+def read_both_ways(streams: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> torch.Tensor:
+    """The memory's answers of both directions, added; streams `[B,T,H,3K+3]` are q, k, v and the three rates."""
+    B, T, H, _ = streams.shape
+    K = (streams.shape[3] - 3) // 3
+    y = streams.new_zeros(B, T, H, K)
+    for rows in directions(cu_seqlens, max_seqlen, B, T, streams.device):
+        # [S,L] flat token numbers, -1 behind a shorter sequence's end: those tokens come last and touch nothing
+        valid = rows >= 0
+        part = streams.flatten(0, 1)[rows.clamp_min(0)].transpose(1, 2)  # [S,H,L,3K+3]
+        q, k, v, rates = part.split([K, K, K, 3], -1)
+        # a step of at most 1/CHUNK keeps a whole chunk of equal keys below the stability limit 2
+        read = linear_memory(q, k, v, rates[..., 0], rates[..., 1] / CHUNK, rates[..., 2])
+        y = y.flatten(0, 1).index_add(0, rows[valid], read.transpose(1, 2)[valid]).view(y.shape)
+    return y
+
+
+def directions(
+    cu_seqlens: torch.Tensor | None, max_seqlen: int, B: int, T: int, device: torch.device
+) -> list[torch.Tensor]:
     """Flat token numbers `[S,L]` of every sequence, in order and reversed; -1 past a sequence's end."""
-    if seqs.cu_seqlens is None:
+    if cu_seqlens is None:
         rows = torch.arange(B * T, device=device).view(B, T)
         return [rows, rows.flip(1)]
-    start, end = seqs.cu_seqlens[:-1, None].long(), seqs.cu_seqlens[1:, None].long()
-    place = torch.arange(seqs.max_seqlen, device=device)[None]
+    start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    place = torch.arange(max_seqlen, device=device)[None]
     inside = place < end - start
     return [
         torch.where(inside, start + place, -1),

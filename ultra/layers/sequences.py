@@ -61,13 +61,16 @@ class Sequences:
         return groups, rows.to(self.positions.device), back.to(self.positions.device)
 
 
-def unpad(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """attention_mask `[B,T]`, non-zero = a token -> (flat indices of the tokens, cu_seqlens, longest length).
+@torch.compiler.disable(reason="how many tokens are no padding is data")
+def unpad(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """mask bool `[B,T]`, True = a token -> (flat indices of the tokens, cu_seqlens, longest length).
 
-    Left, right and scattered padding are all taken; a row without a token is a sequence of length 0.
+    None when there is no padding. Left, right and scattered padding are all taken; a row without a token is a sequence
+    of length 0.
     """
-    mask = attention_mask != 0
+    if bool(mask.all()):
+        return None
     lengths = mask.sum(1)
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = lengths.cumsum(0)
-    return mask.flatten().nonzero().squeeze(1), cu_seqlens, int(lengths.max()) if mask.shape[0] else 0
+    return mask.flatten().nonzero().squeeze(1), cu_seqlens, int(lengths.max())

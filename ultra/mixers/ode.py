@@ -53,7 +53,8 @@ class Ode(Mixer):
         self.checkpoint = cfg.ode_checkpoint == "step"
 
     def f(self, z: torch.Tensor, t: float, seqs: Sequences) -> torch.Tensor:
-        return self.attention(self.norm(z if self.time is None else z + t * self.time), seqs)
+        # in z's dtype: under autocast attention answers in half precision, which would round each stage of z
+        return self.attention(self.norm(z if self.time is None else z + t * self.time), seqs).to(z.dtype)
 
     def step(self, x: torch.Tensor, increment: torch.Tensor, i: int, seqs: Sequences) -> torch.Tensor:
         """The increment at t = (i+1)/steps from the one at t = i/steps."""

@@ -83,5 +83,5 @@ class EmbeddingConv(Component):
         place = torch.arange(T, device=x.device)
         sequence = torch.searchsorted(cu_seqlens, place.to(cu_seqlens.dtype), right=True) - 1
         spread = place + gap * sequence
-        row = x.new_zeros(1, T + gap * (len(cu_seqlens) - 1), x.shape[2]).index_copy(1, spread, x)
+        row = x.new_zeros(1, T + gap * (cu_seqlens.shape[0] - 1), x.shape[2]).index_copy(1, spread, x)
         return self.dense(row).index_select(1, spread)

@@ -52,13 +52,14 @@ class MLMOutput:
     num_labelled: torch.Tensor | None
     aux_loss: torch.Tensor  # MoE balance and z-loss, mean over logical layers; 0 without MoE
     moe_stats: tuple[MoEStats, ...]  # one per logical layer, detached
-    _rows: torch.Tensor  # hidden rows that `logits` multiplies
+    _labels: torch.Tensor | None
     _head: MLMHead
 
     @property
     def logits(self) -> torch.Tensor:
         """`[M,V]` of the M labelled tokens, or of all tokens `[B,T,V]` without labels; computed when read."""
-        return self._head.logits(self._rows)
+        hidden = self.last_hidden_state
+        return self._head.logits(hidden if self._labels is None else hidden[self._labels != -100])
 
 
 class Encoder(Component):
@@ -70,6 +71,9 @@ class Encoder(Component):
     def __init__(self, cfg: UltraConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        # of the module's own: torch.compile takes these as constants, those of another object for inputs
+        self.dropout, self.num_loops = cfg.dropout, cfg.num_loops
+        self.checkpointing = cfg.gradient_checkpointing
         self.embedding = Embedding(cfg)
         self.layers = nn.ModuleList(
             Block(cfg, mixer, use_moe=cfg.use_moe, layerscale_init=cfg.layerscale_init) for mixer in cfg.mixers
@@ -95,45 +99,46 @@ class Encoder(Component):
         """input_ids, attention_mask (non-zero = token), labels (-100 = none) `[B,T]`.
 
         Or packed rows: input_ids, labels `[1,T]` with cu_seqlens (int32 `[S+1]`) and max_seqlen, no attention_mask.
-        Padding is taken out here and put back into last_hidden_state: the layers never see it.
+        Padding is taken out here and put back into last_hidden_state: the layers never see it. How much there is is
+        data, so an attention_mask breaks a compiled graph, here and nowhere else; without one there is no break.
         """
         B, T = check_inputs(input_ids, attention_mask, labels, cu_seqlens, max_seqlen)
-        tokens = None  # flat numbers of the real tokens, where there is padding
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
-            tokens, cu_seqlens, max_seqlen = unpad(attention_mask)
-            input_ids = input_ids.reshape(-1)[tokens][None]
-            labels = None if labels is None else labels.reshape(-1)[tokens][None]
+        mask = None if attention_mask is None else attention_mask != 0
+        packed = None if mask is None else unpad(mask)
+        ids, targets = input_ids, labels
+        if packed is not None and mask is not None:
+            tokens, cu_seqlens, max_seqlen = packed
+            ids = input_ids.reshape(-1)[tokens][None]
+            if labels is not None:
+                labels = labels.masked_fill(~mask, -100)
+                targets = labels.reshape(-1)[tokens][None]
         if cu_seqlens is None:
-            seqs = Sequences.dense(T, input_ids.device)
+            seqs = Sequences.dense(T, ids.device)
         else:
             assert max_seqlen is not None
-            seqs = Sequences.packed(cu_seqlens, max_seqlen, input_ids.shape[1])
-        hidden, stats = self.encode(input_ids, seqs)
+            seqs = Sequences.packed(cu_seqlens, max_seqlen, ids.shape[1])
+        hidden, stats = self.encode(ids, seqs)
         aux_loss = self.auxiliary_loss(stats, hidden)
         loss = loss_sum = num_labelled = None
-        rows = hidden
-        if labels is not None:
-            chosen = (labels.reshape(-1) != -100).nonzero().squeeze(1)
-            rows = hidden.reshape(-1, hidden.shape[-1])[chosen]
-            loss_sum = self.head.loss(rows, labels.reshape(-1)[chosen])
-            num_labelled = torch.tensor(len(chosen), device=hidden.device)
+        if labels is not None and targets is not None:
+            loss_sum = self.head.loss(hidden, targets)
+            num_labelled = (labels != -100).sum()
             loss = loss_sum / num_labelled.clamp(min=1) + aux_loss
-        if tokens is not None:
-            flat = hidden.new_zeros(B * T, hidden.shape[-1]).index_copy(0, tokens, hidden[0])
+        if packed is not None:
+            flat = hidden.new_zeros(B * T, hidden.shape[-1]).index_copy(0, packed[0], hidden[0])
             hidden = flat.view(B, T, -1)
-            rows = hidden if labels is None else rows
         detached = tuple(MoEStats(*(t.detach() for t in s)) for s in stats)
-        return MLMOutput(hidden, loss, loss_sum, num_labelled, aux_loss, detached, rows, self.head)
+        return MLMOutput(hidden, loss, loss_sum, num_labelled, aux_loss, detached, labels, self.head)
 
     def encode(self, ids: torch.Tensor, seqs: Sequences) -> tuple[torch.Tensor, list[MoEStats]]:
         """ids `[B,T]` -> hidden states after the final norm, and the routing statistics of every logical layer."""
-        embedded = dropout(self.embedding(ids, seqs), self.cfg.dropout, self.training)
+        embedded = dropout(self.embedding(ids, seqs), self.dropout, self.training)
         x, all_stats = embedded, []
-        for loop in range(self.cfg.num_loops):
+        for loop in range(self.num_loops):
             if self.loops is not None and loop > 0:
                 x = self.loops(x, embedded, loop)
             for layer in self.layers:
-                if self.cfg.gradient_checkpointing and torch.is_grad_enabled():
+                if self.checkpointing and torch.is_grad_enabled():
                     x, stats = checkpoint(layer, x, seqs, use_reentrant=False)
                 else:
                     x, stats = layer(x, seqs)

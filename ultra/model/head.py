@@ -65,5 +65,8 @@ class MLMHead(Component):
         return linear(self.transform(hidden), self.vocabulary, self.bias)
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed cross-entropy of rows `[M,D]` against labels `[M]`."""
+        """Summed cross-entropy of hidden rows `[...,D]` against labels `[...]`, -100 = none."""
+        if not torch.compiler.is_compiling():  # how many are labelled is data: a compiled graph transforms every row
+            labelled = labels != -100
+            hidden, labels = hidden[labelled], labels[labelled]
         return masked_linear_cross_entropy(self.transform(hidden), self.vocabulary, labels, self.bias, reduction="sum")

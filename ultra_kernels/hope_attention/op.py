@@ -73,7 +73,10 @@ def hope_attention(
     check_cu_seqlens("hope_attention", q, cu_seqlens)
     q, k, v = autocast(q, k, v)
     OP.choose(backend, q)
+    scale = K**-0.5 if scale is None else scale
+    if not isinstance(damping, torch.Tensor):
+        damping = torch.full((), damping, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     with full_precision(q):
         return reference.hope_attention(
-            q, k, v, base, damping, mode, scale, causal, rotary_heads, rotary_theta, prefix_k, prefix_v, cu_seqlens
+            q, k, v, damping, base, mode, scale, causal, rotary_heads, rotary_theta, prefix_k, prefix_v, cu_seqlens
         )

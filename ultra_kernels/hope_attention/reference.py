@@ -17,30 +17,36 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .._dispatch import opaque
 from .._packed import Group, by_sequence
 from ..rotary.reference import rotary
 
 _TILE = 32  # rates are at most 2 per position: e^(2·16) keeps products of both sides within float32
 
 
+@opaque(
+    "hope_attention_reference(Tensor q, Tensor k, Tensor v, Tensor damping, float base, str mode, float scale, "
+    "bool causal, int rotary_heads, float rotary_theta, Tensor? prefix_k, Tensor? prefix_v, Tensor? cu_seqlens) "
+    "-> Tensor",
+    lambda q, k, v, *options: q.new_empty(v.shape),
+)
 def hope_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    base: float = 10000.0,
-    damping: float | torch.Tensor = 0.01,
-    mode: str = "per_pair",
-    scale: float | None = None,
-    causal: bool = False,
-    rotary_heads: int = 0,
-    rotary_theta: float = 10000.0,
-    prefix_k: torch.Tensor | None = None,
-    prefix_v: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    damping: torch.Tensor,
+    base: float,
+    mode: str,
+    scale: float,
+    causal: bool,
+    rotary_heads: int,
+    rotary_theta: float,
+    prefix_k: torch.Tensor | None,
+    prefix_v: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
 ) -> torch.Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
-    alpha = q.shape[-1] ** -0.5 if scale is None else scale
-    damping = torch.as_tensor(damping, dtype=wide, device=q.device)
+    damping = damping.to(wide)
     R = rotary_heads
     prefix = None if prefix_k is None or prefix_v is None else (prefix_k.to(wide), prefix_v.to(wide))
 
@@ -55,15 +61,15 @@ def hope_attention(
             masked = _masked(pads, L, causal, q.device)
             if prefix is None:
                 allowed = None if masked is None else ~masked
-                parts.append(F.scaled_dot_product_attention(q_r, k_r, v_r, attn_mask=allowed, scale=alpha))
+                parts.append(F.scaled_dot_product_attention(q_r, k_r, v_r, attn_mask=allowed, scale=scale))
             else:
-                logits = (q_r * alpha) @ k_r.mT
+                logits = (q_r * scale) @ k_r.mT
                 logits = logits if masked is None else logits.masked_fill(masked, -math.inf)
-                parts.append(_attend(logits, v_r, q[:, :, :R] * alpha, *(p[:, :R] for p in prefix)))
+                parts.append(_attend(logits, v_r, q[:, :, :R] * scale, *(p[:, :R] for p in prefix)))
         if q.shape[2] > R:
             q_h, k_h, v_h = (x[:, :, R:].transpose(1, 2) for x in (q, k, v))
-            logits = _Logits.apply(_light_cone(q_h, alpha), _light_cone(k_h), damping, pads, base, mode, causal)  # type: ignore[no-untyped-call]
-            rest = () if prefix is None else (q[:, :, R:] * alpha, *(p[:, R:] for p in prefix))
+            logits = _Logits.apply(_light_cone(q_h, scale), _light_cone(k_h), damping, pads, base, mode, causal)  # type: ignore[no-untyped-call]
+            rest = () if prefix is None else (q[:, :, R:] * scale, *(p[:, R:] for p in prefix))
             parts.append(_attend(logits, v_h, *rest))
         o = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return o.transpose(1, 2)

@@ -93,9 +93,10 @@ def retention(
     q, k, v = autocast(q, k, v)
     OP.choose(backend, q)
     with full_precision(q):
-        return reference.retention(
-            q, k, v, log_decay, scale, direction, cu_seqlens, initial_state, output_final_state, chunk_size
+        o, state = reference.retention(
+            q, k, v, log_decay, *_scales(K, scale), direction, cu_seqlens, initial_state, output_final_state, chunk_size
         )
+    return (o, state) if output_final_state else o
 
 
 def retention_step(
@@ -124,7 +125,12 @@ def retention_step(
     q, k, v = autocast(q, k, v)
     STEP.choose(backend, q)
     with full_precision(q):
-        return reference.retention_step(q, k, v, log_decay, state, scale)
+        return reference.retention_step(q, k, v, log_decay, state, *_scales(q.shape[2], scale))
+
+
+def _scales(K: int, scale: float | torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
+    """The factor of all heads, and one of each head where there are such."""
+    return (1.0, scale) if isinstance(scale, torch.Tensor) else (K**-0.5 if scale is None else scale, None)
 
 
 def _check_heads(H: int, log_decay: torch.Tensor, scale: float | torch.Tensor | None) -> None:

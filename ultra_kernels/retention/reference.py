@@ -7,24 +7,38 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .._dispatch import opaque
 from .._packed import Group, by_sequence
 
 _PARALLEL_UP_TO = 256
 
 
+def _fake(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, output_final_state, chunk):  # type: ignore[no-untyped-def]
+    S = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (S, *q.shape[2:], v.shape[3]) if output_final_state else (0,)
+    return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@opaque(
+    "retention_reference(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? head_scale, "
+    "str direction, Tensor? cu_seqlens, Tensor? initial_state, bool output_final_state, int? chunk) "
+    "-> (Tensor, Tensor)",
+    _fake,
+)
 def retention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     log_decay: torch.Tensor,
-    scale: float | torch.Tensor | None = None,
-    direction: str = "bidirectional",
-    cu_seqlens: torch.Tensor | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    chunk: int | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`chunk` fixes the chunk length; None chooses it by cost."""
+    scale: float,
+    head_scale: torch.Tensor | None,
+    direction: str,
+    cu_seqlens: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    chunk: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunk` fixes the chunk length; None chooses it by cost. The state is empty unless it is asked for."""
     wide = torch.promote_types(q.dtype, torch.float32)
     g = log_decay.detach().to(wide)
     start = None if initial_state is None else initial_state.to(wide)
@@ -41,7 +55,7 @@ def retention(
             finals.append((group.sequences, _final_state(k, v, g, begin, group.lengths)))
         return o.transpose(1, 2)
 
-    inputs = _scaled(q.to(wide), scale), k.to(wide), v.to(wide)
+    inputs = _scaled(q.to(wide), scale, head_scale), k.to(wide), v.to(wide)
     if cu_seqlens is None:
         B, T = q.shape[:2]
         o = dense(Group(torch.arange(B, device=q.device), B, T, None), *inputs)
@@ -49,11 +63,11 @@ def retention(
         o = by_sequence(dense, cu_seqlens, *inputs)
     o = o.to(q.dtype)
     if not output_final_state:
-        return o
+        return o, q.new_empty(0, dtype=wide)
     if cu_seqlens is None:
         return o, finals[0][1]
     S, H, K, V = cu_seqlens.numel() - 1, q.shape[2], q.shape[3], v.shape[3]
-    state = q.new_zeros((S, H, K, V), dtype=wide) if start is None else start  # what empty sequences keep
+    state = q.new_zeros((S, H, K, V), dtype=wide) if start is None else start.clone()  # what empty sequences keep
     for sequences, final in finals:
         state = state.index_copy(0, sequences, final)
     return o, state
@@ -65,22 +79,21 @@ def retention_step(
     v: torch.Tensor,
     log_decay: torch.Tensor,
     state: torch.Tensor,
-    scale: float | torch.Tensor | None = None,
+    scale: float,
+    head_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     gamma = log_decay.detach().to(wide).exp()
     update = k.to(wide)[..., :, None] * v.to(wide)[..., None, :]
     state = gamma[:, None, None] * state.to(wide) + update
     # q [B,H,K] is scaled per head as q [B,T,H,K] is
-    o = (_scaled(q.to(wide), scale)[..., None, :] @ state).squeeze(-2)
+    o = (_scaled(q.to(wide), scale, head_scale)[..., None, :] @ state).squeeze(-2)
     return o.to(q.dtype), state
 
 
-def _scaled(q: torch.Tensor, scale: float | torch.Tensor | None) -> torch.Tensor:
+def _scaled(q: torch.Tensor, scale: float, head_scale: torch.Tensor | None) -> torch.Tensor:
     """q [..., H, K] times a number or one number per head."""
-    if isinstance(scale, torch.Tensor):
-        return q * scale.to(q.dtype)[:, None]
-    return q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return q * (scale if head_scale is None else head_scale.to(q.dtype)[:, None])
 
 
 def _power(g: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:

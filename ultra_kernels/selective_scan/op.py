@@ -110,7 +110,7 @@ def check_cu_seqlens(op: str, name: str, x: torch.Tensor, cu_seqlens: torch.Tens
     """Raises ValueError unless cu_seqlens is absent or int32 `[num_seqs + 1]` beside an x of batch size 1."""
     if cu_seqlens is None:
         return
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
         got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         raise ValueError(f"{op}: cu_seqlens is {got}; it must be int32 [num_seqs + 1]")
     if x.shape[0] != 1:
@@ -129,7 +129,7 @@ def saved_states(u: torch.Tensor, A: torch.Tensor, cu_seqlens: torch.Tensor | No
     """Room for one state per segment `[directions, B, slots, N, D]`; every sequence starts a new segment."""
     *directions, D, N = A.shape
     L = u.shape[2]
-    slots = -(-L // SEGMENT) if cu_seqlens is None else L // SEGMENT + len(cu_seqlens) - 1
+    slots = -(-L // SEGMENT) if cu_seqlens is None else L // SEGMENT + cu_seqlens.shape[0] - 1
     return u.new_empty(*(directions or (1,)), u.shape[0], slots, N, D, dtype=torch.float32)
 
 
@@ -177,7 +177,7 @@ _forward, _backward = define_differentiable(
     forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
     forward_fake=lambda u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens, backend: (
         dense_like(u),
-        u.new_empty(u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape, dtype=torch.float32),
+        u.new_empty(u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *A.shape, dtype=torch.float32),
         saved_states(u, A, cu_seqlens),
     ),
     backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),

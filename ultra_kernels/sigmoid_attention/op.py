@@ -43,5 +43,7 @@ def sigmoid_attention(
     check_cu_seqlens("sigmoid_attention", q, cu_seqlens)
     q, k, v = autocast(q, k, v)
     OP.choose(backend, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    number, heads = (None, bias) if isinstance(bias, torch.Tensor) else (bias, None)
     with full_precision(q):
-        return reference.sigmoid_attention(q, k, v, scale, bias, normalize, causal, cu_seqlens)
+        return reference.sigmoid_attention(q, k, v, scale, number, heads, normalize, causal, cu_seqlens)
