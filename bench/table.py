@@ -1,10 +1,14 @@
-"""`python -m bench.table` writes the op × backend table between the markers of README.md, from the code."""
+"""`python -m bench.table` writes what stands between the markers of README.md.
+
+The op × backend table from the code, then one table of speed per GPU from bench/results, or that there is none.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from bench import results
 from ultra_kernels._dispatch import OPS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -22,12 +26,56 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def speed(folder: Path = results.FOLDER) -> str:
+    """Per results file the card and a table of each op's best backend; a cell that nobody measured says so."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        return "No op has been timed on a GPU yet; `bench/gpu_check.sh` does it."
+    return "\n\n".join(_speed_of(results.read(path)) for path in files)
+
+
+def _speed_of(cells: list[results.Cell]) -> str:
+    about = cells[0]
+    lines = [
+        f"On {about['machine']} with torch {about['torch']} and Triton {about['triton']}, commit {about['commit']}: "
+        "the fastest backend of each op in bfloat16 (float32 where it has none), its time, and its share of what the "
+        "card's memory or matrix units allow (bench/README.md).",
+        "",
+        "| op | case | backend | forward, ms | of limit | × reference | training, ms | of limit | × reference |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, op in sorted(OPS.items()):
+        own = results.derived(c for c in cells if c["op"] == name)
+        for case in dict.fromkeys(c["case"] for c in own):
+            lines.append(_row(name, [c for c in own if c["case"] == case and c["backend"] in op.names]))
+        if not own:
+            lines.append(f"| `{name}` | not measured |" + " |" * 7)
+    return "\n".join(lines)
+
+
+def _row(name: str, cells: list[results.Cell]) -> str:
+    """One case of one op: the backend with the least time, forward and training, in the dtype shown."""
+    dtype = "bfloat16" if any(c["dtype"] == "bfloat16" for c in cells) else "float32"
+    backend = min((c for c in cells if c["dtype"] == dtype), key=lambda c: (c["mode"] != "training", c["ms"]))[
+        "backend"
+    ]
+    found = {c["mode"]: c for c in cells if c["dtype"] == dtype and c["backend"] == backend}
+    row = [f"`{name}`", cells[0]["case"], backend]
+    for mode in ("forward", "training"):
+        if (c := found.get(mode)) is None:
+            row += ["not measured", "", ""]
+        else:
+            ratio = c["ratios"].get("reference")
+            row += [f"{c['ms']:.3f}", f"{c['share']:.0%}", f"{ratio:.1f}" if ratio else ""]
+    return "| " + " | ".join(row) + " |"
+
+
 def updated(readme: str) -> str:
-    """`readme` with the table of the code between the markers. Raises ValueError without them."""
+    """`readme` with the tables between the markers. Raises ValueError without them."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f"README.md needs {BEGIN} and {END} once each")
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{table()}\n\n{speed()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
+
 STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def bench_module() -> Callable[[str], ModuleType]:
+    """bench_module("table") is bench/table.py, which is not installed; the packages stay those that pytest found."""
+
+    def load(name: str) -> ModuleType:
+        if str(ROOT) not in sys.path:
+            sys.path.append(str(ROOT))
+        return importlib.import_module(f"bench.{name}")
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 NO_GPU, USAGE, FAILED = 77, 2, 1
+BenchModule = Callable[[str], ModuleType]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
@@ -22,14 +23,6 @@ def check(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     steer = {"CUDA_VISIBLE_DEVICES": "", "GPU_CHECK_DIR": str(folder), "PYTHON": sys.executable}
     env = {k: v for k, v in os.environ.items() if k != "OUT"} | steer | environment
     return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=env, cwd="/")
-
-
-def bench_module(name: str) -> ModuleType:
-    """bench is no package that an installed copy would have."""
-    spec = importlib.util.find_spec(f"bench.{name}") if str(ROOT) in sys.path else None
-    if spec is None:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module(f"bench.{name}")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +126,7 @@ def run_sample(folder: Path, *arguments: str) -> int:
     return subprocess.run([*command, *arguments], cwd=folder, env=env, capture_output=True).returncode
 
 
-def test_outcomes_survive_a_crash_and_are_not_repeated(tmp_path: Path) -> None:
+def test_outcomes_survive_a_crash_and_are_not_repeated(tmp_path: Path, bench_module: BenchModule) -> None:
     outcomes = bench_module("outcomes")
     (tmp_path / "test_sample.py").write_text(SAMPLE)
     assert run_sample(tmp_path) == 139
@@ -153,7 +146,7 @@ def test_outcomes_survive_a_crash_and_are_not_repeated(tmp_path: Path) -> None:
     assert len(found) == 6 and outcomes.main([str(tmp_path / "outcomes.jsonl"), "clean", "test"]) == 1
 
 
-def test_a_lost_context_ends_the_process(tmp_path: Path) -> None:
+def test_a_lost_context_ends_the_process(tmp_path: Path, bench_module: BenchModule) -> None:
     outcomes = bench_module("outcomes")
     (tmp_path / "test_sample.py").write_text("def test_bad():\n    assert False\n\ndef test_next(): ...\n")
     patch = "from bench import pytest_outcomes\n\npytest_outcomes.context_loss = lambda: 'an illegal memory access'\n"
@@ -164,7 +157,7 @@ def test_a_lost_context_ends_the_process(tmp_path: Path) -> None:
     assert [line["outcome"] for line in found.values()] == ["failed", "passed"]
 
 
-def test_interrupted_tests_and_half_lines_are_not_outcomes(tmp_path: Path) -> None:
+def test_interrupted_tests_and_half_lines_are_not_outcomes(tmp_path: Path, bench_module: BenchModule) -> None:
     outcomes, file = bench_module("outcomes"), tmp_path / "outcomes.jsonl"
     for outcome in ("crashed", "interrupted"):
         outcomes.append(file, {"part": "test", "test": "a", "outcome": outcome, "error": None})
@@ -184,7 +177,7 @@ def cell(backend: str, ms: float, **more: object) -> dict[str, object]:
     return base | sizes | {"backend": backend, "ms": ms} | more
 
 
-def test_the_page_says_what_was_found(tmp_path: Path) -> None:
+def test_the_page_says_what_was_found(tmp_path: Path, bench_module: BenchModule) -> None:
     outcomes, summary = bench_module("outcomes"), bench_module("gpu_summary")
     machine = dict.fromkeys(("driver", "cuda", "torch", "triton", "python", "commit", "sources"), "1.2")
     (tmp_path / "machine.json").write_text(json.dumps(machine | {"machine": "NVIDIA X", "gpu": True, "commit": None}))
@@ -222,7 +215,7 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     assert "1 cells of derf: not built" in page
 
 
-def test_the_key_follows_sources_card_and_versions() -> None:
+def test_the_key_follows_sources_card_and_versions(bench_module: BenchModule) -> None:
     machine = bench_module("machine")
     names = ("sources", "machine", "driver", "cuda", "torch", "triton", "python")
     facts = dict.fromkeys(names, "a")

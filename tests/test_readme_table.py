@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("bench_table", ROOT / "bench" / "table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(bench_module):
+    return bench_module("table")
 
 
 def test_readme_is_up_to_date(tool):
@@ -37,6 +33,36 @@ def test_every_op_and_its_backends_are_in_the_table(tool):
 
 def test_text_around_the_markers_is_kept_and_markers_are_needed(tool):
     text = f"# a\n{tool.BEGIN}\nold\n{tool.END}\nz"
-    assert tool.updated(text) == f"# a\n{tool.BEGIN}\n{tool.table()}\n{tool.END}\nz"
+    assert tool.updated(text) == f"# a\n{tool.BEGIN}\n{tool.table()}\n\n{tool.speed()}\n{tool.END}\nz"
     with pytest.raises(ValueError, match="ops:begin"):
         tool.updated("# nothing")
+
+
+def test_speed_without_results(tool, tmp_path):
+    assert tool.speed(tmp_path) == "No op has been timed on a GPU yet; `bench/gpu_check.sh` does it."
+
+
+def test_speed_of_a_card(tool, tmp_path):
+    """The least time of training chooses the backend; a mode or an op that nobody measured says so."""
+    about = {"machine": "NVIDIA X", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
+    size = {"bytes": 1e6, "flops": 1e6, "limit": "copy", "limit_ms": 0.5, "device": "cuda"}
+
+    def cell(op, backend, dtype, mode, ms):
+        return about | size | {"op": op, "case": "T8", "backend": backend, "dtype": dtype, "mode": mode, "ms": ms}
+
+    cells = [
+        cell("dyt", "triton", "bfloat16", "forward", 2.0),
+        cell("dyt", "triton", "bfloat16", "training", 4.0),
+        cell("dyt", "reference", "bfloat16", "forward", 1.0),
+        cell("dyt", "reference", "bfloat16", "training", 10.0),
+        cell("dyt", "torch.compile", "bfloat16", "training", 0.1),  # not a backend of ours
+        cell("dyt", "triton", "float32", "training", 0.1),
+        cell("rotary", "reference", "float32", "forward", 1.0),
+    ]
+    (tmp_path / "nvidia-x.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
+    lines = tool.speed(tmp_path).splitlines()
+    assert lines[0].startswith("On NVIDIA X with torch 2.11.0 and Triton 3.6.0, commit abc")
+    assert "| `dyt` | T8 | triton | 2.000 | 25% | 0.5 | 4.000 | 12% | 2.5 |" in lines
+    assert "| `rotary` | T8 | reference | 1.000 | 50% |  | not measured |  |  |" in lines
+    assert any(line.startswith("| `moe_ffn` | not measured |") for line in lines)
+    assert {line.count("|") for line in lines[2:]} == {10}
