@@ -7,7 +7,7 @@ and remedy of each library go into `_build_info.json`, which `ultra doctor` prin
 ULTRA_REQUIRE_EXT=1  a library that cannot be built is an error; the CUDA one counts where nvcc is found and not skipped
 ULTRA_SKIP_CUDA=1    build no CUDA library
 ULTRA_CUDA_ARCHS     what to compile for, such as "sm_86" or "80;90a;compute_90"; sm_ is machine code, compute_ PTX
-CUDA_HOME            the toolkit to use, before PATH and /usr/local/cuda
+CUDA_HOME            the toolkit to use; without it the one on the PATH, then /usr/local/cuda
 CXX                  the C++ compiler, also for nvcc's host code
 MAX_JOBS             compilers at a time; default all cores
 """
@@ -101,13 +101,13 @@ class NotBuilt(Exception):
 
 AGAIN = "then install again: pip install --no-deps ."
 REMEDIES = {  # what a compiler says -> what helps
-    "Python.h": f"install Python's headers (Debian/Ubuntu: apt-get install python3-dev), {AGAIN}",
+    "Python.h: No such file": f"install Python's headers (Debian/Ubuntu: apt-get install python3-dev), {AGAIN}",
     "unsupported GNU version": "install an older g++ and name it, as in: CXX=g++-13 pip install --no-deps .",
     "unsupported clang version": "install g++ and name it, as in: CXX=g++ pip install --no-deps .",
     "Unsupported gpu architecture": "name what this nvcc knows (nvcc --list-gpu-code), as in: "
     "ULTRA_CUDA_ARCHS=sm_80 pip install --no-deps .",
-    "cudart": f"install the CUDA runtime's headers and static library beside nvcc, {AGAIN}",
-    "cuda_runtime.h": f"install the CUDA runtime's headers and static library beside nvcc, {AGAIN}",
+    "cannot find -lcudart": f"install the CUDA runtime's static library beside nvcc, {AGAIN}",
+    "cuda_runtime.h: No such file": f"install the CUDA runtime's headers beside nvcc, {AGAIN}",
 }
 
 

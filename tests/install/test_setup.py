@@ -108,7 +108,8 @@ def test_no_cuda_for_a_reason(script, nvcc, monkeypatch, tmp_path):
         ("fatal error: Python.h: No such file or directory", "apt-get install python3-dev"),
         ("#error -- unsupported GNU version! gcc versions later than 15", "CXX=g++-13 pip install"),
         ("nvcc fatal   : Unsupported gpu architecture 'compute_90a'", "ULTRA_CUDA_ARCHS=sm_80 pip install"),
-        ("cannot find -lcudart_static: No such file", "the CUDA runtime's headers and static library"),
+        ("cannot find -lcudart_static: No such file", "the CUDA runtime's static library"),
+        ("fatal error: cuda_runtime.h: No such file or directory", "the CUDA runtime's headers"),
         ("error: expected ';'", "mend what the compiler says above, then install again"),
     ],
 )

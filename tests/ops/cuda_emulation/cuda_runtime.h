@@ -2,7 +2,8 @@
 // with this folder first on the include path (tests/ops/test_cuda.py), with -x c++ -std=c++20.
 //
 // Blocks run one after another; the threads of a block are threads of the system that meet at real barriers, so a
-// missing __syncthreads() is a real race (-fsanitize=thread finds it).
+// missing __syncthreads() is a real race (-fsanitize=thread finds it). Compiled with -fsanitize=alignment, a vector at an
+// address between two vectors stops the process, as it stops a GPU.
 #pragma once
 
 #include <barrier>
@@ -23,7 +24,7 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct uint4 { unsigned x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 inline dim3 gridDim, blockDim;
 inline thread_local dim3 blockIdx, threadIdx;
@@ -53,10 +54,7 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
-inline void __stwb(uint4* p, uint4 x) {
-    if ((uintptr_t)p % sizeof x) abort();  // a GPU stops on it
-    *p = x;
-}
+inline void __stwb(uint4* p, uint4 x) { *p = x; }
 
 // ---- host ---------------------------------------------------------------------------------------------------------
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorUnknown = 999 };
