@@ -45,7 +45,8 @@ def running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    stat = Path(f"/proc/{pid}/stat")  # one that has ended and whose parent has not asked for it does not run
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def gone(pid: int, seconds: float = 10) -> bool:
