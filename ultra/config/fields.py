@@ -49,25 +49,34 @@ class Fields(BaseModel):
 class ModelFields(Fields):
     """The model fields that two or more components read; a component adds its own in its file."""
 
-    vocab_size: int = Field(50000, ge=8, le=1 << 24, description="Vocabulary size; at least the tokenizer's.")
+    vocab_size: int = Field(
+        50000,
+        ge=8,
+        le=1 << 24,
+        description="Rows of the token table: at least the tokenizer's ids, and the most that one trained here gets.",
+    )
     hidden_size: int = Field(768, ge=1, le=1 << 16, description="Width of the residual stream.")
     num_layers: int = Field(12, ge=1, le=1024, description="Physical layers.")
     num_loops: int = Field(1, ge=1, le=1024, description="Passes through the same layers.")
     num_heads: int = Field(12, ge=1, description="Heads of the attention mixers and of ode; divides hidden_size.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="On the embedding output and on each mixer's and FFN's output.")
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Chance of dropout on the embedding output and on each mixer's and FFN's output; never on "
+        "attention weights or inside an ode.",
+    )
     layer_pattern: tuple[str, ...] = Field(
-        ("standard_attn",),
-        min_length=1,
-        description="Mixers of the layers, repeated cyclically over num_layers.",
+        ("standard_attn",), min_length=1, description="Mixers of the layers, repeated cyclically over num_layers."
     )
     norm_type: str = Field("layer_norm", description="Normalisation before each mixer, each FFN and the head.")
     norm_eps: PositiveFloat | Literal["auto"] = Field(
-        "auto",
-        description="Epsilon of layer and RMS norms; auto: 1e-5 in LayerNorm, 1e-6 in RMS norms.",
+        "auto", description="Epsilon of layer and RMS norms; auto: 1e-5 in LayerNorm, 1e-6 in RMS norms."
     )
     norm_alpha_init: PositiveFloat | Literal["auto"] = Field(
         "auto",
-        description="Initial alpha of dynamic_tanh and derf; auto: 1.0 up to width 1024, else by site.",
+        description="Initial alpha of dynamic_tanh and derf; auto: 1.0, and for dynamic_tanh above width 1024 the "
+        "paper's value for each site.",
     )
     position_encoding: Literal["auto", "rope", "none"] = Field(
         "auto",
@@ -85,7 +94,9 @@ class ModelFields(Fields):
     use_moe: bool = Field(True, description="Mixture of experts as the FFN; false: one dense FFN.")
     ffn_hidden_size: int = Field(3072, ge=1, le=1 << 20, description="Inner width of the FFN and of each expert.")
     ffn_activation: Literal["silu", "gelu"] = Field("silu", description="Activation of the FFN.")
-    ffn_gated: bool = Field(False, description="GeGLU / SwiGLU with inner width 2/3 of ffn_hidden_size.")
+    ffn_gated: bool = Field(
+        False, description="GeGLU / SwiGLU with inner width 2/3 of ffn_hidden_size, rounded up to a multiple of 8."
+    )
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the truncated normal initialisation.")
 
     @property
