@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -44,15 +45,15 @@ def key(command: list[str]) -> str:
 # ---- the emulated GPU ------------------------------------------------------------------------------------------------
 
 
-def emulated_library(folder: Path, *extra: str) -> Path:
+def emulated_library(folder: Path) -> Path:
     assert CXX is not None
     command = [CXX, "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-pthread",
                "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
-               f"-I{EMULATION}", f"-I{CSRC}", *DEFINES, *extra, "-x", "c++", *map(str, SOURCES)]  # fmt: skip
+               f"-I{EMULATION}", f"-I{CSRC}", *DEFINES, "-x", "c++", *map(str, SOURCES)]  # fmt: skip
     library = folder / key(command) / "libultra_cuda.so"
     if not library.is_file():
         library.parent.mkdir(exist_ok=True)
-        fresh = library.with_suffix(".new")
+        fresh = library.with_suffix(f".{os.getpid()}")  # another test process may do the same
         done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         fresh.replace(library)
@@ -347,7 +348,7 @@ def compiled(source: Path, arch: str, folder: Path) -> dict[str, tuple[int, int,
                "-gencode", f"arch={virtual},code={arch}", str(source)]  # fmt: skip
     result = folder / f"{key(command)}.json"
     if not result.is_file():
-        done = subprocess.run([*command, "-o", str(folder / "last.cubin")], capture_output=True, text=True)
+        done = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         result.write_text(json.dumps(figures(done.stdout + done.stderr)))
     found: dict[str, tuple[int, int, int]] = json.loads(result.read_text())
