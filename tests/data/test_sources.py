@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,24 @@ def test_fingerprint_follows_content_and_column(tmp_path: Path) -> None:
     assert FileSource(tmp_path, "y").fingerprint() != first
     path.write_text('{"x": "0ne", "y": "two"}\n')
     assert FileSource(tmp_path, "x").fingerprint() != first
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt.gz", "builtin"])
+def test_the_share_that_was_read_grows_to_one(tmp_path: Path, kind: str) -> None:
+    numbers = random.Random(0)  # gzip must not make it one block
+    rows = [f"row {i} " + numbers.randbytes(700).hex() for i in range(600)]
+    if kind == "parquet":
+        write_parquet(tmp_path / "a.parquet", list(rows), group=50)
+    elif kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in rows))
+        (tmp_path / "b.txt").write_text("x" * 1000)
+    else:
+        with gzip.open(tmp_path / "a.txt.gz", "wt") as f:
+            f.write("\n\n".join(rows))
+    source = BuiltinSource() if kind == "builtin" else FileSource(tmp_path, None)
+    shares = [source.share_read(cursor) for _, cursor in source.documents(None, Skipped())]
+    assert all(share is not None for share in shares) and shares == sorted(shares)
+    assert shares[0] < 0.15 and 0.3 < shares[len(shares) // 2] < 0.7 and 0.99 < shares[-1] <= 1
 
 
 def test_a_file_that_goes_away_is_not_taken_for_damage(tmp_path: Path) -> None:

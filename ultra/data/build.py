@@ -83,7 +83,10 @@ class Progress:
         self._bar = tqdm(
             total=100 if self._known else None,
             disable=not sys.stderr.isatty() or not any(fillers),
-            bar_format="{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]" if self._known else "{postfix} [{elapsed}]",
+            bar_format="{percentage:3.0f} %|{bar}| {desc} [{elapsed}<{remaining}]"
+            if self._known
+            else "{desc} [{elapsed}]",
+            dynamic_ncols=True,
         )
         self._start = self._printed = self._looked = time.monotonic()
 
@@ -115,9 +118,11 @@ class Progress:
         text = f"{documents:,} documents, {added:,} new tokens, {added / (now - self._start):,.0f} tokens/s"
         share = self._share()
         if not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             if share is not None:
-                self._bar.n = round(100 * share, 1)
+                self._bar.n = 100 * share
+                if not self._bar.initial:  # what was there before does not count for the time left
+                    self._bar.initial = self._bar.n
             self._bar.refresh()
         elif now - self._printed >= LINE_S:
             self._printed = now

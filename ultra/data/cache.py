@@ -274,7 +274,7 @@ class Filler(threading.Thread):
         if content["units"] and content["units"][-1]["documents"] < cache.documents_per_unit:
             documents -= content["units"].pop()["documents"]  # cut by a smaller max_samples: read it again, whole
         cursor = tuple(content["units"][-1]["cursor"]) if content["units"] else None
-        self.documents, self.tokens = documents, sum(u["tokens"] for u in content["units"])
+        self.documents, self.tokens, self.cursor = documents, sum(u["tokens"] for u in content["units"]), cursor
         if cursor is not None:
             log.info("cache %s: going on after %d documents", cache.folder.name[:12], documents)
         content["source"] = self._source.name

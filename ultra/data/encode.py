@@ -12,13 +12,14 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import IO
@@ -103,6 +104,19 @@ def _no_fork_while_starting() -> None:
         os.register_at_fork(before=_starting.acquire, after_in_parent=release, after_in_child=release)
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process started inside inherits the block, so a signal to the group cannot end it before it ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 class Process:
     """One tokenising process. Not for two threads at a time."""
 
@@ -110,7 +124,7 @@ class Process:
         path = [os.path.abspath(entry) for entry in sys.path]  # "" is the folder of now, not of later
         threads = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         _no_fork_while_starting()
-        with _starting:
+        with _starting, _signals_blocked():
             self._popen = subprocess.Popen(
                 [sys.executable, "-c", START, *path],
                 stdin=subprocess.PIPE,

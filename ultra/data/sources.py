@@ -24,7 +24,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -288,6 +288,7 @@ class FileSource(Source):
             )
         self._columns: dict[Path, str | None] | None = None
         self._sizes: list[int] = []
+        self._reading: IO[bytes] | None = None  # the text file that documents() is at
 
     def identity(self) -> list[Any]:
         stats = [(self._where(p), p.stat()) for p in self.files]
@@ -312,6 +313,9 @@ class FileSource(Source):
             with suppress(*_DAMAGE), pq.ParquetFile(self.files[at]) as file:
                 rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
                 inside = sizes[at] * (sum(rows[:group]) + row) / max(1, sum(rows))
+        elif self._reading is not None and self._reading.name == str(self.files[at]):
+            with suppress(ValueError):  # closed meanwhile
+                inside = self._reading.tell()
         return (sum(sizes[:at]) + inside) / max(1, sum(sizes))
 
     def _resolve_columns(self) -> dict[Path, str | None]:
@@ -344,12 +348,14 @@ class FileSource(Source):
                 skipped.add(where, "unreadable or empty file")
                 continue
             try:
-                if _kind(path) == ".parquet":
-                    rows = _parquet_rows(path, str(columns[path]), group, row, where, skipped)
-                else:
-                    rows = _text_rows(path, columns[path], row, where, skipped)
-                for value, group, row in rows:
-                    yield value, (i, group, row), where
+                with ExitStack() as files:
+                    if _kind(path) == ".parquet":
+                        rows = _parquet_rows(path, str(columns[path]), group, row, where, skipped)
+                    else:
+                        self._reading = files.enter_context(open(path, "rb"))
+                        rows = _text_rows(path, self._reading, columns[path], row, where, skipped)
+                    for value, group, row in rows:
+                        yield value, (i, group, row), where
             except _DAMAGE as error:
                 _reraise_if_not_damage(error, path)
                 skipped.add(where, f"unreadable from row {row} on: {_first_line(error)}")
@@ -424,8 +430,19 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else open(path, "rb")
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if path.name.lower().endswith(".gz") else raw
+
+
+def _records(path: Path, raw: IO[bytes]) -> Iterator[Any]:
+    file = _decompressed(path, raw)
+    if _kind(path) == ".txt":
+        return _blocks(file)
+    return _json_records(file) if _kind(path) == ".jsonl" else _csv_records(file, _delimiter(path))
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if ".tsv" in path.name.lower() else ","
 
 
 def _columns(path: Path) -> tuple[list[str], list[str]]:
@@ -444,12 +461,12 @@ def _columns(path: Path) -> tuple[list[str], list[str]]:
         return list(schema.names), [f.name for f in schema if is_text(f.type)]
     names: dict[str, None] = {}  # in order of appearance
     texts: dict[str, None] = {}
-    records = _json_records(path) if kind == ".jsonl" else _csv_records(path)
-    for record in itertools.islice((r for r in records if isinstance(r, dict)), PEEK_ROWS):
-        for key, value in record.items():
-            names[key] = None
-            if isinstance(value, str) and value and (kind == ".jsonl" or not _is_number(value)):
-                texts[key] = None
+    with open(path, "rb") as raw:
+        for record in itertools.islice((r for r in _records(path, raw) if isinstance(r, dict)), PEEK_ROWS):
+            for key, value in record.items():
+                names[key] = None
+                if isinstance(value, str) and value and (kind == ".jsonl" or not _is_number(value)):
+                    texts[key] = None
     return list(names), list(texts)
 
 
@@ -502,15 +519,14 @@ def _strings(values: Any) -> list[Any]:
 
 
 def _text_rows(
-    path: Path, column: str | None, row: int, where: str, skipped: Skipped
+    path: Path, raw: IO[bytes], column: str | None, row: int, where: str, skipped: Skipped
 ) -> Iterator[tuple[Any, int, int]]:
-    """(value, 0, row after it) of .txt, .jsonl and .csv files from raw row number `row` on.
+    """(value, 0, row after it) of .txt, .jsonl and .csv files, opened as `raw`, from raw row number `row` on.
 
     The rows before it are read again and dropped: gzip cannot seek, and parsing is cheap beside tokenising.
     """
     kind = _kind(path)
-    records = _blocks(path) if kind == ".txt" else _json_records(path) if kind == ".jsonl" else _csv_records(path)
-    for number, record in enumerate(records):
+    for number, record in enumerate(_records(path, raw)):
         if number < row:
             continue
         if kind == ".txt":
@@ -521,19 +537,18 @@ def _text_rows(
             skipped.add(where, record if isinstance(record, str) else f"row without column {column!r}")
 
 
-def _blocks(path: Path) -> Iterator[str]:
+def _blocks(file: IO[bytes]) -> Iterator[str]:
     block: list[bytes] = []
     size = 0
-    with _open(path) as file:
-        for i, line in enumerate(file):
-            line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line
-            blank = not line.strip()
-            if not blank:
-                block.append(line)
-                size += len(line)
-            if block and (blank or size >= TEXT_BLOCK_BYTES):
-                yield _block_text(block)
-                block, size = [], 0
+    for i, line in enumerate(file):
+        line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line
+        blank = not line.strip()
+        if not blank:
+            block.append(line)
+            size += len(line)
+        if block and (blank or size >= TEXT_BLOCK_BYTES):
+            yield _block_text(block)
+            block, size = [], 0
     if block:
         yield _block_text(block)
 
@@ -542,42 +557,39 @@ def _block_text(lines: list[bytes]) -> str:
     return b"".join(lines).decode("utf-8", "surrogateescape").replace("\r\n", "\n").strip()
 
 
-def _json_records(path: Path) -> Iterator[Any]:
+def _json_records(file: IO[bytes]) -> Iterator[Any]:
     """One object a line; a line that is none becomes a string with the reason."""
-    with _open(path) as file:
-        for i, line in enumerate(file):
-            line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                yield "not UTF-8" if isinstance(error, UnicodeDecodeError) else "line that is not JSON"
-                continue
-            yield record if isinstance(record, dict) else "line that is not a JSON object"
+    for i, line in enumerate(file):
+        line = line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            yield "not UTF-8" if isinstance(error, UnicodeDecodeError) else "line that is not JSON"
+            continue
+        yield record if isinstance(record, dict) else "line that is not a JSON object"
 
 
-def _csv_records(path: Path) -> Iterator[Any]:
+def _csv_records(file: IO[bytes], delimiter: str) -> Iterator[Any]:
     """One dict a row, keyed by the header; a row that cannot be parsed becomes a string with the reason."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses documents above 128 KiB
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    with _open(path) as file:
-        text = (line.decode("utf-8", "surrogateescape") for line in file)
-        reader = csv.reader(text, delimiter=delimiter)
-        header = next(reader, None)
-        if header is None:
+    text = (line.decode("utf-8", "surrogateescape") for line in file)
+    reader = csv.reader(text, delimiter=delimiter)
+    header = next(reader, None)
+    if header is None:
+        return
+    header[0] = header[0].removeprefix("\ufeff")
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
             return
-        header[0] = header[0].removeprefix("\ufeff")
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield f"row that is not CSV: {_first_line(error)}"
-                continue
-            if row:
-                yield dict(zip(header, row, strict=False))
+        except csv.Error as error:
+            yield f"row that is not CSV: {_first_line(error)}"
+            continue
+        if row:
+            yield dict(zip(header, row, strict=False))
 
 
 class HuggingFaceSource(Source):
