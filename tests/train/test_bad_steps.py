@@ -123,6 +123,7 @@ def test_the_rerun_tells_data_from_kernels(
         assert "data or weights are at fault" in caplog.text
         assert skipped(tmp_path) == [6, 9]
         assert state["skipped"] == 2
+        assert "skipped step 6 (bad window 1 in a row)" in caplog.text and "samples 40-47" in caplog.text
         if kind != "spike":
             assert "document 0 of the micro-batch that begins at sample 40" in caplog.text  # 5 steps of 2 x 4
 

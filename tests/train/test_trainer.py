@@ -342,6 +342,29 @@ def test_full_disk_is_a_warning_until_the_end(tiny, tmp_path: Path, monkeypatch,
     assert checkpoint.latest(tmp_path / "b").name == "step-00000008"
 
 
+def test_full_disk_under_the_metrics_stops_and_the_same_command_finishes(
+    tiny, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    from ultra.train.metrics import MetricsLog
+
+    original = MetricsLog.write
+
+    def write(self, new):
+        if any(row["step"] == 6 for row in new):
+            with self.jsonl.open("a") as file:
+                file.write('{"step": 6, "lo')
+            raise OSError(28, "No space left on device")
+        return original(self, new)
+
+    assert tiny.run(tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write)
+        assert tiny.run(tmp_path / "parts") == 1
+    assert "stopped at step 6: [Errno 28] No space left on device; make room" in caplog.text
+    assert tiny.run(tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 # Bad steps
 
 

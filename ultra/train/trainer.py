@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import logging
 import math
@@ -157,6 +158,16 @@ class Trainer:
         except Stopped as error:
             log.error("%s", error)
             return EXIT_FAILED
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.metrics.rows = []  # the resumed run writes them again
+            log.error(
+                "stopped at step %d: %s; make room, and the same command goes on from the last checkpoint",
+                s.step,
+                error,
+            )
+            return EXIT_FAILED
         finally:
             self.metrics.flush()
             self.metrics.close()
@@ -261,12 +272,18 @@ class Trainer:
         s.skipped += len(faults)
         s.bad_windows += 1
         log.warning(
-            "skipped step %s (bad window %d in a row): loss or gradient norm not finite, or a spike",
+            "skipped step %s (bad window %d in a row): loss or gradient norm not finite, or a spike; samples %s",
             ", ".join(str(step) for step, _ in faults), s.bad_windows,
+            ", ".join(self.samples_of(data_step) for _, data_step in faults[:16]),
         )  # fmt: skip
         self.diagnose(faults[0][1])
         if s.bad_windows and s.bad_windows >= self.training.max_nan_retries:
             self.go_back(faults[-1][1])
+
+    def samples_of(self, data_step: int) -> str:
+        """Numbers of the first and the last window of a step, over all processes."""
+        size = self.training.gradient_accumulation_steps * self.training.batch_size * self.world_size
+        return f"{data_step * size}-{(data_step + 1) * size - 1}"
 
     def batches_of(self, data_step: int) -> list[Batch]:
         return next(self.data.train_batches(data_step, rank=self.rank, world_size=self.world_size))
@@ -274,8 +291,6 @@ class Trainer:
     def diagnose(self, data_step: int) -> None:
         """Tell a fault of data or weights from one of a kernel or mixed precision, and act on the latter."""
         batches = self.batches_of(data_step)
-        samples = ", ".join(str(batch.first_sample) for batch in batches[:16])
-        log.warning("its micro-batches begin at samples %s", samples)
         seeds = [self.dropout_seed(data_step, micro) for micro in range(len(batches))]
         with self.backend():
             dtype = None if self.state.reference_ops else self.amp_dtype
@@ -331,7 +346,7 @@ class Trainer:
         """Everything back to step 0: the first weights, no moments."""
         first = fresh_model(self.cfg)
         if self.training.init_from is not None:
-            checkpoint.load_model_weights(Path(self.training.init_from), first)
+            checkpoint.load_model_weights(Path(self.training.init_from).expanduser(), first)
         checkpoint.copy_into(self.model, checkpoint.model_tensors(first), self.run_dir)
         self.optimizer.load_state_tensors({})
         self.gate = health.Gate(self.training.inf_post_clip_threshold, self.device)
