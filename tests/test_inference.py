@@ -66,7 +66,7 @@ def test_best_is_the_lowest_held_out_loss(run_copy: Path) -> None:
     manifest = json.loads((newest / "manifest.json").read_text())
     content = (newest / "state.json").read_bytes()
     manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
     assert ultra.load(run_copy).folder == newest
     assert ultra.load(run_copy, "best").folder.name == "step-00000003"
