@@ -83,7 +83,7 @@ def build_info(library: Literal["cpp", "cuda"]) -> dict[str, Any]:
     for folder in folders():
         file = folder / "_build_info.json"
         if file.is_file():
-            info: dict[str, Any] = json.loads(file.read_text())[library]
+            info: dict[str, Any] = json.loads(file.read_text()).get(library, {})  # older builds had another layout
             return info
     return {}
 
