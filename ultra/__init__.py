@@ -15,9 +15,10 @@ __all__ = ["__version__", "load"]
 
 
 def load(path: str | Path, which: Literal["latest", "best"] = "latest") -> Pipeline:
-    """A trained model for `.fill_mask`, `.embed` and `.evaluate`: a run folder or one of its checkpoints.
+    """A trained model for `.fill_mask`, `.embed` and `.evaluate`.
 
-    which: of a run folder, the newest whole checkpoint, or the one with the lowest held-out loss.
+    path: a run folder or one of its checkpoints. which: of a run folder, the newest whole checkpoint, or the one with
+    the lowest held-out loss. Raises UserError where there is no whole checkpoint.
     """
     from ultra import inference  # torch is imported with it
 

@@ -117,9 +117,9 @@ class Pipeline:
         ]
 
     def embed(self, texts: str | Iterable[str], pooling: Literal["mean", "cls"] = "mean") -> np.ndarray:
-        """Embeddings float32 `[n, hidden_size]`, one row a text (a single string is one text).
+        """Embeddings float32 `[n, hidden_size]`, one row for each of `texts` (a string is one text).
 
-        mean: over the last hidden states of all the text's tokens, [CLS] and [SEP] included; cls: that of
+        pooling mean: over the last hidden states of all the text's tokens, [CLS] and [SEP] included; cls: that of
         [CLS]. Special tokens in a text are plain characters here. A text longer than the model was trained for
         is cut, with a warning. Raises UserError for an empty text.
         """

@@ -112,7 +112,10 @@ def triton_why_not(tensor: torch.Tensor, *args: Any) -> str | None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every op that has backend `name` runs on it (and raises if it cannot); others choose freely."""
+    """Within the block every op that has backend `name` runs on it; others choose freely.
+
+    Raises ValueError for an unknown name; a call that the backend cannot run raises BackendUnavailable.
+    """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
     _forced.append(name)

@@ -96,7 +96,9 @@ class Encoder(Component):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> MLMOutput:
-        """input_ids, attention_mask (non-zero = token), labels (-100 = none) `[B,T]`.
+        """Raises ValueError on shapes that do not fit. The loss is the mean cross-entropy of the labelled tokens.
+
+        input_ids, attention_mask (non-zero = token), labels (-100 = none) `[B,T]`.
 
         Or packed rows: input_ids, labels `[1,T]` with cu_seqlens (int32 `[S+1]`) and max_seqlen, no attention_mask.
         Padding is taken out here and put back into last_hidden_state: the layers never see it. How much there is is
@@ -214,5 +216,8 @@ def check_inputs(
 
 
 def build_model(cfg: RunConfig | UltraConfig) -> Encoder:
-    """The encoder that a loaded config (or its model section) describes, freshly initialised from torch's generator."""
+    """The encoder that a loaded config, or its model section, describes, freshly initialised from torch's generator.
+
+    Raises nothing that loading the config has not refused: `load_config`, or UltraConfig(...), checks every field.
+    """
     return Encoder(cfg if isinstance(cfg, EncoderFields) else cfg.model)

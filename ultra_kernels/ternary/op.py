@@ -50,9 +50,11 @@ def quantize_ternary(
 
 
 def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
-    """codes int8 `[N, K]` in {−1, 0, 1} and scale (one element) at 2 bits a weight.
+    """byte_nj = Σ_i (code_n,4j+i + 1) · 4^i, i from 0 to 3: four weights a byte, the rest of a row's last byte 0.
 
-    Raises ValueError for another dtype or shape, or a code outside −1..1.
+    codes int8 `[N, K]` in {−1, 0, 1}, scale one element; returns PackedTernary(codes uint8 `[N, ceil(K/4)]`, scale
+    float32 `[]`, shape). Raises ValueError for another dtype or shape, or a code outside −1..1. Weights after Ma et al.
+    2024 (arXiv:2402.17764).
     """
     if codes.ndim != 2 or codes.dtype != torch.int8:
         raise ValueError(f"pack_ternary: codes are {codes.dtype} {tuple(codes.shape)}; they must be int8 (N, K)")
@@ -64,7 +66,10 @@ def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
 
 
 def unpack_ternary(packed: PackedTernary) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (codes int8 `[N, K]`, scale float32 `[]`) that `pack_ternary` was given."""
+    """code_n,4j+i = (byte_nj // 4^i) mod 4 − 1: the (codes int8 `[N, K]`, scale float32 `[]`) of `pack_ternary`.
+
+    Raises nothing for what `pack_ternary` returned. Weights after Ma et al. 2024 (arXiv:2402.17764).
+    """
     return reference.unpack(packed.codes, packed.shape[1]), packed.scale
 
 

@@ -1,0 +1,258 @@
+"""What tests/mutation/run.py breaks: one constant or sign at a time, and the tests that must notice.
+
+An entry is (file, old text, new text, tests); the old text occurs exactly once in the file. A kernel needs an entry for
+each part that can be wrong by itself: forward, every gradient, borders, edges.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest, after variables of the environment
+
+
+def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:
+    return [Mutation(file, old, new, tests) for old, new in changes]
+
+
+def backend(name: str, op: str) -> str:
+    return f"tests/ops/test_all_ops.py -k 'test_against_float64 and {op}-{name} and not gpu'"
+
+
+INTERPRETED = (
+    "TRITON_INTERPRET=1 tests/ops/test_all_ops.py tests/ops/test_pointwise_norm_triton.py -k 'triton and (dyt or derf)'"
+)
+EMULATED = "tests/ops/test_cuda.py -k emulat"
+
+REFERENCES = [
+    *of(
+        "ultra_kernels/dyt/reference.py",
+        "tests/ops/test_dyt.py",
+        ("torch.tanh(alpha", "torch.sin(alpha"),
+        ("+ bias.to", "- bias.to"),
+    ),
+    *of(
+        "ultra_kernels/derf/reference.py",
+        "tests/ops/test_derf.py",
+        ("+ shift.to", "- shift.to"),
+        ("torch.erf(u)", "torch.tanh(u)"),
+    ),
+    *of(
+        "ultra_kernels/layer_norm/reference.py",
+        "tests/ops/test_layer_norm.py",
+        ("bias.to(wide), eps)", "bias.to(wide), 2 * eps)"),
+        ("weight.to(wide), bias", "1 + weight.to(wide), bias"),
+    ),
+    *of(
+        "ultra_kernels/rotary/reference.py",
+        "tests/ops/test_rotary.py",
+        ("/ -K)", "/ -(K + 1))"),
+        ("angles.sin()", "-angles.sin()"),
+    ),
+    *of(
+        "ultra_kernels/retention/reference.py",
+        "tests/ops/test_retention.py",
+        ("distance >= 0", "distance > 0"),
+        ("(C - 1 - j, j + 1,", "(C - 1 - j, j,"),
+        ("lengths[:, None] - 1 - torch", "lengths[:, None] - torch"),
+    ),
+    *of(
+        "ultra_kernels/sigmoid_attention/reference.py",
+        "tests/ops/test_sigmoid_attention.py",
+        ("-math.log(max(L, 1))", "-math.log(max(L, 2))"),
+        (".triu_(1)", ".triu_(0)"),
+        ("rows + 1e-6", "rows + 1e-2"),
+    ),
+    *of(
+        "ultra_kernels/hope_attention/reference.py",
+        "tests/ops/test_hope_attention.py",
+        ("/ -K)\n", "/ -(K + 2))\n"),
+        ("top + theta])", "top + 2 * theta])"),
+        ("ddamping = -(", "ddamping = ("),
+    ),
+    *of(
+        "ultra_kernels/selective_scan/reference.py",
+        "tests/ops/test_selective_scan.py",
+        ("torch.exp(dt * A)", "torch.exp(0.9 * dt * A)"),
+        ("y = y * F.silu(", "y = y * F.gelu("),
+        ("range(end - 1, begin - 1, -1)", "range(end - 1, begin, -1)"),
+    ),
+    *of(
+        "ultra_kernels/bidirectional_scan/reference.py",
+        "tests/ops/test_bidirectional_scan.py",
+        ("F.pad(backward, (0, 1))[..., 1:]", "backward"),
+        ("forward + backward, u", "forward - backward, u"),
+    ),
+    *of(
+        "ultra_kernels/causal_conv1d/reference.py",
+        "tests/ops/test_causal_conv1d.py",
+        ("return j - (width - 1)", "return j - width"),
+        ("j - (width - 1) // 2", "j - width // 2"),
+        ("value=-1", "value=0"),
+    ),
+    *of(
+        "ultra_kernels/bitlinear/reference.py",
+        "tests/ops/test_bitlinear.py",
+        ("absmax / 127\n", "absmax / 128\n"),
+        ("clamp_(-1, 1)", "clamp_(0, 1)"),
+        ("magnitude.mean()", "magnitude.max()"),
+        ("RMS_EPS = 1e-6", "RMS_EPS = 1e-2"),
+    ),
+    *of(
+        "ultra_kernels/ternary/reference.py",
+        "tests/ops/test_ternary.py",
+        ("(0, 2, 4, 6)", "(0, 2, 6, 4)"),
+        ("codes + 1\n", "codes + 2\n"),
+        ("128 * K <= 2**24", "128 * K <= 2**34"),
+    ),
+    *of(
+        "ultra_kernels/moe_ffn/reference.py",
+        "tests/ops/test_moe_ffn.py",
+        ("probs.sum(0) / tokens", "probs.sum(0) / (tokens + 1)"),
+        (".softmax(-1) if normalize_gates", ".sigmoid() if normalize_gates"),
+        ("logits.logsumexp(-1).square()", "logits.logsumexp(-1)"),
+        ("gathered.unflatten(0, (-1, ctx.copies)).sum(1", "gathered.unflatten(0, (-1, ctx.copies)).mean(1"),
+    ),
+    *of(
+        "ultra_kernels/masked_linear_cross_entropy/reference.py",
+        "tests/ops/test_masked_linear_cross_entropy.py",
+        ("(1 + 2 * z_loss * logsumexp)", "(1 + z_loss * logsumexp)"),
+        ("probs.new_full(ts.shape, -1)", "probs.new_full(ts.shape, -2)"),
+        ("beta=0 if start == 0 else 1", "beta=0"),
+        ("labels != ignore_index", "labels >= 1"),
+    ),
+]
+
+LAYERS = of(
+    "ultra_kernels/nn.py",
+    "tests/ops/test_nn.py -k 'equation or recurrence or loop or initial or drop or packed'",
+    ("silu(g) * self.head_norm", "torch.relu(g) * self.head_norm"),
+    ("(1 - gamma) / (1 + gamma)", "(1 - gamma) / (2 + gamma)"),
+    ("10000.0 ** (K / max(K - 2, 1))", "10000.0"),
+    ("-wide(self.A_log).exp()", "-wide(self.A_log)"),
+    ("right=True) - 1]", "right=False) - 1]"),
+    ("(2 * layers) ** 0.5", "layers ** 0.5"),
+    ("len(share) * (share", "(share"),
+    ("math.log(1e-3), math.log(1e-1)", "math.log(1e-3), math.log(1)"),
+)
+
+CPP = [
+    *of(
+        "csrc/dyt/dyt_cpu.cpp",
+        backend("native", "dyt"),
+        ("1.0f - t * t", "1.0f - 0.999f * t * t"),
+        ("return tanh(u)", "return erf(u)"),
+    ),
+    *of(
+        "csrc/derf/derf_cpu.cpp",
+        backend("native", "derf"),
+        ("1.1283791671f", "1.1283f"),
+        ("exp(-(u * u))", "exp(-u * 0.999f * u)"),
+    ),
+    *of(
+        "csrc/causal_conv1d/causal_conv1d_cpu.cpp",
+        backend("native", "causal_conv1d"),
+        ("(1.0f + v * (1.0f - s))", "(1.0f + v * s)"),
+        ("mirrored[i] = weight[(halo - i / kConvBlock)", "mirrored[i] = weight[(i / kConvBlock)"),
+        ("const int64_t from = max_of(t, begin)", "const int64_t from = max_of(t, 0)"),
+    ),
+    *of(
+        "csrc/selective_scan/selective_scan_cpu.cpp",
+        backend("native", "selective_scan"),
+        ("da[k] += step * w", "da[k] += w"),
+        ("0.693147180559945f", "0.6931f"),
+        ("from_input += dh * B[k]", "from_input += dh * C[k]"),
+        ("vf dh = g[k] + dy * C[k]", "vf dh = g[k] + dy * B[k]"),
+    ),
+    *of(
+        "csrc/selective_scan/selective_scan_cpu.cpp",
+        backend("native", "bidirectional_scan"),
+        ("if (p.directions == 2) du += load", "if (p.directions == 3) du += load"),
+        ("store(carry + v * kLanes, load(y + seg.rows * kLanes));", "store(carry + v * kLanes, load(y));"),
+    ),
+    *of(
+        "csrc/common/gates.h",
+        backend("native", "selective_scan"),
+        ("2.4022242085e-1f", "2.40e-1f"),
+        ("1.4000902483e-1f", "1.6e-1f"),
+    ),
+    *of(
+        "csrc/common/simd.h",
+        "tests/ops/test_simd.py",
+        ("1.4426950408889", "1.4427"),
+        ("1.33314422036e-1f", "1.3331e-1f"),
+        ("1.2837915e-1f", "1.28379e-1f"),
+        ("(u + 0x7fff + ((u >> 16) & 1)) >> 16;", "(u + 0x8000) >> 16;"),
+    ),
+]
+
+TRITON = [
+    *of(
+        "ultra_kernels/_pointwise_norm_triton.py",
+        INTERPRETED,
+        ("2.06390887954e-2", "2.1e-2"),
+        ("1.6272678", "1.627"),
+        ("1.1283791671", "1.1283"),
+        ("dalpha += slope * v", "dalpha += slope"),
+        ("tl.store(out + D, tl.sum(dbias", "tl.store(out + D, tl.sum(dweight"),
+        ("(row < rows)[:, None]", "(row <= rows)[:, None]"),
+    ),
+]
+
+CUDA = [
+    *of(
+        "csrc/common/pointwise_norm.cuh",
+        EMULATED,
+        ("dw.v[i] += grad.v[i] * t", "dw.v[i] += grad.v[i] * u"),
+        ("da += slope * in.v[i]", "da += slope"),
+        ("w.v[i] * F::value(a * t.v[i] + s) + b.v[i]", "w.v[i] * F::value(a * t.v[i] + s) - b.v[i]"),
+    ),
+    *of(
+        "csrc/dyt/dyt_cuda.cu",
+        EMULATED,
+        ("2.06390887954e-2f", "2.1e-2f"),
+        ("return 1.0f - value * value", "return 1.0f - value"),
+    ),
+    *of("csrc/derf/derf_cuda.cu", EMULATED, ("1.1283791671f", "1.1283f")),
+]
+
+TRAINER = [
+    *of(
+        "ultra/train/schedule.py",
+        "tests/train/test_schedule.py",
+        ("(step + 1) / warmup", "step / warmup"),
+        ("(1 + math.cos(math.pi * progress)) / 2", "(1 + math.cos(math.pi * progress)) / 3"),
+        ("WSD_DECAY = 0.2", "WSD_DECAY = 0.3"),
+    ),
+    *of(
+        "ultra/train/galore.py",
+        "tests/train/test_optim.py",
+        ('update * (group["lr"] * self.scale)', 'update * group["lr"]'),
+        ("(turn * turn) @ state", "turn @ state"),
+        ("(1 - beta2) * good", "(1 - beta1) * good"),
+        ("flip(-1)", "flip(-2)"),
+    ),
+    *of(
+        "ultra/train/optim.py",
+        "tests/train/test_optim.py",
+        ('not getattr(param, "no_galore", False)', "True"),
+        ("if not decay], 0.0)", "if not decay], group.optim.wd)"),
+    ),
+    *of(
+        "ultra/data/masking.py",
+        "tests/data/test_masking.py",
+        ("probability * 2**32", "probability * 2**31"),
+        ("strategy[0] + strategy[1]", "strategy[0] + 2 * strategy[1]"),
+        ("fate < self._mask_below]", "fate <= 1]"),
+        ("choice[lowest] < 2**32", "False"),
+        ("0, 0, 0, self._purpose", "0, 0, 0, 0"),
+    ),
+]
+
+# C++ last: each needs a build, and the compiled library of the copy changes with it
+MUTATIONS = [*REFERENCES, *LAYERS, *TRITON, *CUDA, *TRAINER, *CPP]
