@@ -248,7 +248,7 @@ class TrainingConfig(GroupFields):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Where to train; auto: cuda, else mps, else cpu."
     )
-    compile: bool = Field(False, description="torch.compile the encoder's layers.")
+    compile: bool = Field(False, description="torch.compile the encoder as one graph; evaluation stays eager.")
     init_from: str | None = Field(
         None,
         min_length=1,

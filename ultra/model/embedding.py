@@ -52,7 +52,7 @@ class Embedding(Component):
         if self.conv is not None:
             x = self.conv(x, seqs)
         if self.projection is not None:
-            x = self.projection(x)
+            x = self.projection(x).to(self.table.weight.dtype)  # autocast must not halve the residual stream
         return x if self.scale is None else x * self.scale
 
 

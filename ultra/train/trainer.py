@@ -11,7 +11,7 @@ import os
 import platform
 import struct
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ultra.data import Batch, CorpusData, Interrupted, open_data
 from ultra.errors import UserError
 from ultra.model import Encoder, build_model
 from ultra.train import checkpoint, health
+from ultra.train.compiling import any_size, compile_encoder
 from ultra.train.evaluation import evaluate
 from ultra.train.metrics import MetricsLog, log_to_folder, open_trackers
 from ultra.train.optim import GroupedOptimizer, collect_groups, table, warn_if_rates_cannot_train
@@ -212,8 +213,17 @@ class Trainer:
     def dropout_seed(self, data_step: int, micro: int) -> int:
         return counter_seed(self.training.seed, data_step, micro, self.rank)
 
-    def backend(self) -> AbstractContextManager[None]:
-        return ultra_kernels.use_backend("reference") if self.state.reference_ops else nullcontext()
+    def backend(self, *, eager: bool = False) -> AbstractContextManager[object]:
+        """What the run's forward passes run on. eager: also of a compiled model, where hooks look inside or the number
+        must be the one that `ultra eval` finds."""
+        stack = ExitStack()
+        if self.state.reference_ops:
+            stack.enter_context(ultra_kernels.use_backend("reference"))
+        # The reference of a recurrence is a loop over time, which a compiled graph would hold unrolled.
+        if self.training.compile:
+            forced = eager or self.state.reference_ops
+            stack.enter_context(torch.compiler.set_stance("force_eager") if forced else any_size())
+        return stack
 
     def rates(self) -> tuple[float, float]:
         """Factors on every group's rate and weight decay for the step to be made."""
@@ -292,14 +302,15 @@ class Trainer:
         """Tell a fault of data or weights from one of a kernel or mixed precision, and act on the latter."""
         batches = self.batches_of(data_step)
         seeds = [self.dropout_seed(data_step, micro) for micro in range(len(batches))]
-        with self.backend():
+        with self.backend(eager=True):
             dtype = None if self.state.reference_ops else self.amp_dtype
             again = health.rerun(self.model, batches, seeds, self.device, dtype)
         found = "; ".join(again.found[:8]) or f"gradient norm {again.norm:.4g}"
         if not self.gate.bad(again.loss, again.norm):
             log.warning("made again it is a good step (%s); its samples are passed over", found)
             return
-        reference = health.rerun_on_reference(self.model, batches, self.device)
+        with self.backend(eager=True):
+            reference = health.rerun_on_reference(self.model, batches, self.device)
         # Other dropout masks move a norm, but not by half.
         alike = bool(self.gate.bad(reference.loss, reference.norm) | (reference.norm > again.norm / 2))
         if alike or self.state.reference_ops:
@@ -319,7 +330,7 @@ class Trainer:
         step = self.last_good() or 0
         if self.training.max_nan_retries == 0 or step == s.rolled_back_to:
             dump = self.run_dir / f"dump-step-{s.step:08d}"
-            with self.backend():
+            with self.backend(eager=True):
                 dtype = None if s.reference_ops else self.amp_dtype
                 health.dump(dump, self.model, self.batches_of(data_step), self.device, dtype)
             forbidden = self.training.max_nan_retries == 0
@@ -383,7 +394,7 @@ class Trainer:
         s = self.state
         self.metrics.flush()
         row = None
-        with self.backend(), suppress(Interrupted):
+        with self.backend(eager=True), suppress(Interrupted):
             row = evaluate(
                 self.model,
                 self.data.eval_batches(),
@@ -573,8 +584,7 @@ def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> 
         log.info("parameter groups:\n%s", table(trainer.groups))
         warn_if_rates_cannot_train(trainer.groups, trainer.total_steps, cfg.training, cfg.model.init_std)
         if cfg.training.compile:
-            for layer in model.layers:
-                layer.compile()
+            compile_encoder(model, cfg, device, trainer.amp_dtype)
         code = trainer.run()
     except torch.OutOfMemoryError as error:
         raise UserError(
