@@ -31,3 +31,41 @@ def test_commands_of_the_readme_exist() -> None:
     commands = next(a.choices for a in parser()._actions if a.choices)
     for word in re.findall(r"`?ultra ([a-z-]+)", (ROOT / "README.md").read_text()):
         assert word in commands, word
+
+
+def test_options_named_in_documents_exist() -> None:
+    """`ultra COMMAND … --option` in a code block or in backticks: the command takes it."""
+    from ultra.cli import parser
+
+    commands = next(a.choices for a in parser()._actions if a.choices)
+    seen = 0
+    for doc in DOCS:
+        text = doc.read_text(encoding="utf-8")
+        code = re.findall(r"```\w*\n(.*?)```", text, re.S) + re.findall(
+            r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)
+        )
+        for line in "\n".join(code).splitlines():
+            for name, rest in re.findall(r"(?:^|[\s(])ultra ([a-z-]+)([^#&|;>]*)", line):
+                if name in commands:
+                    known = {option for action in commands[name]._actions for option in action.option_strings}
+                    for option in re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)", rest):
+                        seen += 1
+                        assert option in known, f"{doc.name}: ultra {name} {option}"
+    assert seen >= 3
+
+
+READS = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)\s*["']((?:ULTRA_)\w+)["']""")
+
+
+def test_variables_of_the_environment_are_read_and_documented() -> None:
+    sources = [
+        ROOT / "setup.py",
+        *(p for top in ("ultra", "ultra_kernels", "bench") for p in (ROOT / top).rglob("*.py")),
+    ]
+    read = {name for p in sources for name in READS.findall(p.read_text(encoding="utf-8"))}
+    assert {"ULTRA_BACKEND", "ULTRA_REQUIRE_EXT"} <= read
+    texts = {str(doc.relative_to(ROOT)): doc.read_text(encoding="utf-8") for doc in DOCS}
+    named = {(name, doc) for doc, text in texts.items() for name in re.findall(r"\bULTRA_[A-Z_]+\b", text)}
+    assert not [(name, doc) for name, doc in named if name not in read]
+    told = "\n".join([*texts.values(), (ROOT / "setup.py").read_text(encoding="utf-8").split('"""')[1]])
+    assert not [name for name in read if name not in told]
