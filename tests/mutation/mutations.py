@@ -231,7 +231,7 @@ TRAINER = [
     ),
     *of(
         "ultra/train/galore.py",
-        "tests/train/test_optim.py",
+        "tests/train/test_galore.py tests/train/test_optim.py",
         ('update * (group["lr"] * self.scale)', 'update * group["lr"]'),
         ("(turn * turn) @ state", "turn @ state"),
         ("(1 - beta2) * good", "(1 - beta1) * good"),
