@@ -93,7 +93,7 @@ REFERENCES = [
         "tests/ops/test_causal_conv1d.py",
         ("return j - (width - 1)", "return j - width"),
         ("j - (width - 1) // 2", "j - width // 2"),
-        ("value=-1", "value=0"),
+        ("F.silu(y) if activation", "F.gelu(y) if activation"),
     ),
     *of(
         "ultra_kernels/bitlinear/reference.py",
@@ -239,7 +239,7 @@ TRAINER = [
     ),
     *of(
         "ultra/train/optim.py",
-        "tests/train/test_optim.py",
+        "tests/train/test_galore.py tests/train/test_optim.py",
         ('not getattr(param, "no_galore", False)', "True"),
         ("if not decay], 0.0)", "if not decay], group.optim.wd)"),
     ),

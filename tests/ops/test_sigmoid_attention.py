@@ -109,3 +109,9 @@ def test_errors_say_what_and_where() -> None:
         sigmoid_attention(q, k[..., :2], v)
     with pytest.raises(ValueError, match="batch size must be 1"):
         sigmoid_attention(q, k, v, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
+
+
+def test_a_single_token_has_no_bias() -> None:
+    """b = -ln 1 = 0: o = sigmoid(q·k / sqrt(K)) v."""
+    q, k, v = torch.randn(3, 1, 1, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(sigmoid_attention(q, k, v), torch.sigmoid((q * k).sum(-1, keepdim=True) / 2) * v)
