@@ -261,6 +261,8 @@ def init_std() -> None:
     for std in (0.02, 0.1):
         table = fresh(init_std=std, vocab_size=400).embedding.table.weight.detach()
         assert float(table.std()) == pytest.approx(std, rel=0.05)  # 6400 draws: 1 %
+    auto = fresh(norm_type="derf", vocab_size=400).embedding.table.weight.detach()
+    assert float(auto.std()) == pytest.approx(0.02 * (768 / D) ** 0.5, rel=0.05)
 
 
 # BitNet
@@ -543,6 +545,11 @@ def mamba_expand() -> None:
 @acts
 def mamba_dt_rank() -> None:
     assert [shape("layers.0.mixer.dt_weight", **MAMBA, mamba_dt_rank=r)[2] for r in ("auto", 3)] == [1, 3]
+
+
+@acts
+def mamba_bc_norm() -> None:
+    assert differs({**MAMBA, "mamba_bc_norm": False}, {**MAMBA, "mamba_bc_norm": True})
 
 
 @acts

@@ -54,7 +54,7 @@ class MoEFFN(nn.MoE, Component):
         super().__init__(
             cfg.hidden_size, F, cfg.num_experts, cfg.top_k_experts, activation=cfg.ffn_activation,
             gated=cfg.ffn_gated, normalize_gates=cfg.norm_topk, balance_bias=by_bias, bitnet=cfg.use_bitnet,
-            bitnet_scale=cfg.bitnet_scale, init_std=cfg.init_std, layers=cfg.num_layers * cfg.num_loops,
+            bitnet_scale=cfg.bitnet_scale, init_std=cfg.initial_std, layers=cfg.num_layers * cfg.num_loops,
         )  # fmt: skip
         self.sub_norm = RMSNorm(F, 1e-6) if self.bitnet else None
         self.bias_rate = cfg.moe_bias_rate if by_bias else 0.0

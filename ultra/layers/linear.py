@@ -45,7 +45,7 @@ def make_linear(
 @torch.no_grad()
 def init_normal_(weight: torch.Tensor, cfg: ModelFields, *, residual_out: bool = False) -> None:
     """N(0, init_std) cut at 3 sigma; maps into the residual stream × 1/sqrt(2 · layers · loops)."""
-    std = cfg.init_std
+    std = cfg.initial_std
     if residual_out:
         std /= (2 * cfg.num_layers * cfg.num_loops) ** 0.5
     nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)

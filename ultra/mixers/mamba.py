@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, PositiveInt
 from torch import nn
+from torch.nn.functional import rms_norm
 
 from ultra.config.fields import ModelFields, Problem
 from ultra.layers.linear import init_normal_, make_linear
@@ -29,6 +30,9 @@ class MambaFields(ModelFields):
     mamba_bidirectional: Literal["quasi", "add", "none"] = Field(
         "quasi",
         description="How the two scan directions join: quasi-separable, sum, or one causal direction.",
+    )
+    mamba_bc_norm: bool = Field(
+        True, description="RMS norm of B and of C over the states (Jamba, Falcon-Mamba); needs 2 states or more."
     )
 
     @property
@@ -54,6 +58,8 @@ class Mamba(Mixer):
     """W_o scan(silu(conv(W_x u)), Δ, A, B, C) · silu(W_z u); Δ, B, C depend on the token, for each direction its own.
 
     Both directions share projections, convolution, skip D and gate. A = -exp(A_log), Δ = softplus(W_dt dt + b).
+    The scan's part of y is a product of three small numbers, B, C and Δ: at width 64 it starts 1e-4 times as large as
+    D u, and nothing draws it out in a short run. So B and C are normalised (arXiv:2403.19887, section 6.4).
     """
 
     Fields: ClassVar[type[ModelFields]] = MambaFields
@@ -66,6 +72,7 @@ class Mamba(Mixer):
         self.E = cfg.mamba_expand * cfg.hidden_size
         self.N, self.R = cfg.mamba_d_state, cfg.dt_rank
         self.mode = cfg.mamba_bidirectional
+        self.bc_norm, self.eps = cfg.mamba_bc_norm and self.N > 1, cfg.rms_norm_eps
         self.directions = 1 if self.mode == "none" else 2
         self.in_proj = make_linear(cfg, cfg.hidden_size, 2 * self.E)
         self.conv_weight = nn.Parameter(torch.empty(self.E, cfg.d_conv))
@@ -98,6 +105,8 @@ class Mamba(Mixer):
             parts = (rows @ wide(self.x_proj.weight).t()).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
             dt, b, c = parts.split([self.R, self.N, self.N], -1)  # [directions,B,T,.]
             delta = (dt @ self.dt_weight.transpose(1, 2)[:, None]).transpose(2, 3)  # [directions,B,E,T]
+            if self.bc_norm:
+                b, c = (rms_norm(t, (self.N,), eps=self.eps) for t in (b, c))
             b, c = b.transpose(2, 3), c.transpose(2, 3)  # [directions,B,N,T]
             A, u, z = -wide(self.A_log).exp(), wide(u), wide(z)
             if self.mode == "none":

@@ -582,7 +582,7 @@ def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> 
             log.info("resumed at step %d from %s", trainer.state.step, path)
         (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
         log.info("parameter groups:\n%s", table(trainer.groups))
-        warn_if_rates_cannot_train(trainer.groups, trainer.total_steps, cfg.training, cfg.model.init_std)
+        warn_if_rates_cannot_train(trainer.groups, trainer.total_steps, cfg.training, cfg.model.initial_std)
         if cfg.training.compile:
             compile_encoder(model, cfg, device, trainer.amp_dtype)
         code = trainer.run()
