@@ -313,7 +313,9 @@ class Mamba(nn.Module):
     [δ, B, C] = W_x u, and A = −exp(A_log) are each direction's own; the rest they share. direction "bidirectional":
     s_f(t−1) + s_b(t+1) + D u_t, quasi-separable, or with shift=False s_f(t) + s_b(t) + D u_t; "forward" is causal,
     "backward" its mirror image. d_conv None is 5, centred, for both directions and 4 for one; dt_rank None is
-    ceil(embed_dim / 16). A_log, D and dt_bias are float32 in a half-precision layer (a later `.half()` casts them).
+    ceil(embed_dim / 16). bc_norm: an RMS norm of B and of C over the states (Lieber et al. 2024, arXiv:2403.19887):
+    without it the scan's part of y starts orders of magnitude below D u, and a short run does not draw it out. A_log, D
+    and dt_bias are float32 in a half-precision layer (a later `.half()` casts them).
 
     A starts at −1..−d_state, Δ log-uniform in [1e-3, 1e-1], D at 1. Raises ValueError for an even d_conv in both
     directions or one outside 2..8. After Gu & Dao 2023 (arXiv:2312.00752), both directions as Hwang et al. 2024
@@ -330,6 +332,7 @@ class Mamba(nn.Module):
         *,
         direction: Literal["forward", "backward", "bidirectional"] = "bidirectional",
         shift: bool = True,
+        bc_norm: bool = True,
         bias: bool = False,
         linear: Linear = nn.Linear,
         init_std: float = 0.02,
@@ -349,6 +352,7 @@ class Mamba(nn.Module):
         self.dt_rank = dt_rank if dt_rank is not None else -(-embed_dim // 16)
         self.init_std, self.out_std = init_std, _out_std(init_std, layers)
         self.direction, self.shift, self.directions = direction, shift, 2 if both else 1
+        self.bc_norm = bc_norm and d_state > 1  # of one state nothing but the sign would be left
         E, factory = self.d_inner, {"device": device, "dtype": dtype}
         exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
         self.in_proj = linear(embed_dim, 2 * E, bias=bias, **factory)
@@ -390,6 +394,8 @@ class Mamba(nn.Module):
             parts = (rows @ wide(self.x_proj.weight).t()).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
             dt, b, c = parts.split([R, N, N], -1)  # [directions,B,T,.]
             delta = (dt @ wide(self.dt_weight).transpose(1, 2)[:, None]).transpose(2, 3)  # [directions,B,E,T]
+            if self.bc_norm:
+                b, c = (rms_norm(t, (N,), eps=1e-6) for t in (b, c))
             b, c = b.transpose(2, 3), c.transpose(2, 3)  # [directions,B,N,T]
             A, u, z = -wide(self.A_log).exp(), wide(u), wide(z)
             if both:

@@ -100,10 +100,11 @@ def test_retention_is_its_equation(direction: str) -> None:
     torch.testing.assert_close(layer(x[None])[0], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("bc_norm", [True, False])
 @pytest.mark.parametrize("direction", ["bidirectional", "add", "forward", "backward"])
-def test_mamba_is_its_recurrence(direction: str) -> None:
+def test_mamba_is_its_recurrence(direction: str, bc_norm: bool) -> None:
     options = {"shift": False} if direction == "add" else {"direction": direction}
-    layer = moved(lambda **k: layers.Mamba(D, d_state=3, **options, **k))
+    layer = moved(lambda **k: layers.Mamba(D, d_state=3, bc_norm=bc_norm, **options, **k))
     x, T = tokens(1, 9)[0], 9
     u, z = linear(x, layer.in_proj.weight).chunk(2, -1)
     W = layer.conv_weight.shape[1]
@@ -119,6 +120,7 @@ def test_mamba_is_its_recurrence(direction: str) -> None:
     ways = {"forward": [False], "backward": [True]}.get(direction, [False, True])
     for i, reverse in enumerate(ways):
         dt, b, c = linear(u, layer.x_proj.weight).view(T, len(ways), -1)[:, i].split([R, N, N], -1)
+        b, c = (rms(b), rms(c)) if bc_norm else (b, c)
         delta = softplus(linear(dt, layer.dt_weight[i]) + layer.dt_bias[i])
         state, order = torch.zeros(2 * D, N, dtype=torch.float64), range(T)[:: -1 if reverse else 1]
         s = torch.zeros(T, 2 * D, dtype=torch.float64)
