@@ -753,12 +753,19 @@ def test_biases_and_the_like_are_never_decayed(norm_type: str) -> None:
 
 def test_rate_halving_survives_the_scheduler(config, tmp_path: Path, monkeypatch) -> None:
     """A rate halved in the optimizer's groups, which the scheduler's next step overwrites."""
+    used, step = [], GroupedOptimizer.step
+
+    def watched(self: GroupedOptimizer, skip: torch.Tensor) -> None:
+        used.append(self.parts[0].param_groups[0]["lr"])
+        step(self, skip)
+
+    monkeypatch.setattr(GroupedOptimizer, "step", watched)
     poison(monkeypatch, lambda data_step: data_step in (2, 3))
     cfg = config(nan_check_interval=1, max_nan_retries=2, checkpoint_every_n_steps=1, scheduler_total_steps=5)
-    rates = [row["lr"] for row in training_rows(train(cfg, tmp_path / "run"))]
-    assert rates == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
-    more = cfg.model_copy(update={"training": cfg.training.model_copy(update={"max_steps": 7})})
-    assert training_rows(train(more, tmp_path / "run"))[-1]["lr"] == 5e-4  # and a resume
+    train(cfg, tmp_path / "run")
+    assert used == [1e-3] * 4 + [5e-4] * 3  # steps 3 and 4 failed and went back to 2
+    train(cfg.model_copy(update={"training": cfg.training.model_copy(update={"max_steps": 7})}), tmp_path / "run")
+    assert used[-2:] == [5e-4] * 2  # a resume
 
 
 def test_the_schedule_ends_where_the_run_ends(caplog: pytest.LogCaptureFixture) -> None:
@@ -1202,10 +1209,10 @@ def test_long_documents_are_not_cut_off(config, tmp_path: Path, packed: bool) ->
     cfg = config(local_parquet_dir=str(folder), cache_dir=str(tmp_path / "cache"), batch_size=1, pack_sequences=packed)
     data = open_data(cfg)
     [epoch] = epochs(data, 1)
-    seen = np.concatenate([np.unique(np.frombuffer(w, np.int64)) for w in epoch])
-    total = sum(len(labels) * len(np.frombuffer(w, np.int64)) for w, labels in epoch.items())
-    assert total >= int(data.train_token_counts().sum()) > 40 * 100
-    assert set(np.flatnonzero(data.train_token_counts())) <= set(seen.tolist())
+    windows = [np.frombuffer(window, np.int64) for window, labels in epoch.items() for _ in labels]
+    wanted = data.train_token_counts()
+    assert wanted.sum() > 30 * 100
+    assert bool((np.bincount(np.concatenate(windows), minlength=len(wanted)) >= wanted).all())
 
 
 def test_the_end_of_an_epoch_loses_nothing(config) -> None:
