@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -28,16 +29,22 @@ def test_links_lead_somewhere() -> None:
 def test_commands_of_the_readme_exist() -> None:
     from ultra.cli import parser
 
-    commands = next(a.choices for a in parser()._actions if a.choices)
+    commands = below(parser())
     for word in re.findall(r"`?ultra ([a-z-]+)", (ROOT / "README.md").read_text()):
         assert word in commands, word
+
+
+def below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands of a parser by name."""
+    found = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(found[0]) if found else {}
 
 
 def test_options_named_in_documents_exist() -> None:
     """`ultra COMMAND … --option` in a code block or in backticks: the command takes it."""
     from ultra.cli import parser
 
-    commands = next(a.choices for a in parser()._actions if a.choices)
+    commands = below(parser())
     seen = 0
     for doc in DOCS:
         text = doc.read_text(encoding="utf-8")
@@ -47,7 +54,8 @@ def test_options_named_in_documents_exist() -> None:
         for line in "\n".join(code).splitlines():
             for name, rest in re.findall(r"(?:^|[\s(])ultra ([a-z-]+)([^#&|;>]*)", line):
                 if name in commands:
-                    known = {option for action in commands[name]._actions for option in action.option_strings}
+                    command = below(commands[name]).get(rest.split()[0] if rest.split() else "", commands[name])
+                    known = {option for action in command._actions for option in action.option_strings}
                     for option in re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)", rest):
                         seen += 1
                         assert option in known, f"{doc.name}: ultra {name} {option}"

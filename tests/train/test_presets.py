@@ -8,14 +8,26 @@ import resource
 import sys
 
 import pytest
+import torch
 
-from ultra.config import load_config
+from ultra.config import load_config, presets
+from ultra.config.training import GROUPS
 from ultra.train import train
+from ultra.train.optim import Group, warn_if_rates_cannot_train
 
 SMALL_BATCHES = [
     "training.batch_size=2", "training.max_length=64", "training.gradient_accumulation_steps=1",
     "training.max_steps=3", "training.eval_samples=4", "training.dataloader_workers=0", "training.max_samples=300",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_rates_can_move_the_weights(preset: str, caplog) -> None:
+    cfg = load_config(preset)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    groups = [Group(name, [("weight", weight, True)], cfg.training.optim(name)) for name in GROUPS]
+    warn_if_rates_cannot_train(groups, cfg.training.steps, cfg.training, cfg.model.initial_std)
+    assert not caplog.text
 
 
 @pytest.mark.slow
