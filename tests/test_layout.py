@@ -195,7 +195,9 @@ def ours(skip):
     while frame is not None and os.path.basename(frame.f_code.co_filename) in skip:
         frame = frame.f_back
     name = "" if frame is None else frame.f_code.co_filename
-    return f"{name[len(root) + 1:]}:{frame.f_lineno}" if name.startswith(root) else None
+    # a virtual environment may lie inside the checkout
+    mine = name.startswith(root) and "site-packages" not in name
+    return f"{name[len(root) + 1:]}:{frame.f_lineno}" if mine else None
 
 real_getitem = os._Environ.__getitem__
 def getitem(self, key):

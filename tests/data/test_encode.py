@@ -226,5 +226,5 @@ def test_processes_end_with_their_parent_and_ignore_its_signals(number: signal.S
     time.sleep(0.2)
     assert running(pid)
     parent.send_signal(number)
-    parent.wait(30)
+    parent.wait(120)
     assert gone(pid)
