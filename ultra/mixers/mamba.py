@@ -59,7 +59,7 @@ class Mamba(Mixer):
 
     Both directions share projections, convolution, skip D and gate. A = -exp(A_log), Δ = softplus(W_dt dt + b).
     The scan's part of y is a product of three small numbers, B, C and Δ: at width 64 it starts 1e-4 times as large as
-    D u, and nothing draws it out in a short run. So B and C are normalised (arXiv:2403.19887, section 6.4).
+    D u, and nothing draws it out in a short run. So B and C are normalised (arXiv:2403.19887).
     """
 
     Fields: ClassVar[type[ModelFields]] = MambaFields
