@@ -370,7 +370,8 @@ def test_positions_beyond_256_are_exact_in_bfloat16() -> None:
     exact = rotary(x.double(), torch.tensor([256, 257, 258, 259]))[0, :, 0]
     torch.testing.assert_close(turned.double(), exact, atol=2**-8, rtol=2**-8)
     logits = hope_logits(300, torch.bfloat16, damping=0.05)
-    torch.testing.assert_close(logits[270, 262:270], logits[20, 12:20], atol=0.1, rtol=0)
+    # from key to key the score moves by 0.03 to 0.05; four logarithms of rounded weights err by 2^-9 each
+    torch.testing.assert_close(logits[270, 262:270].diff(), logits[20, 12:20].diff(), atol=2**-7, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

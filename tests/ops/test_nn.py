@@ -337,6 +337,11 @@ def test_meta_device_then_reset_is_the_constructor(name: str) -> None:
         assert got.mean().item() == pytest.approx(want.mean().item(), rel=0.2, abs=0.1), key
 
 
+def assert_rounded(y: torch.Tensor, want: torch.Tensor) -> None:
+    """Sixteen roundings to bfloat16 on the longest path, of 2^-9 each, add as squares; cancellation may double it."""
+    assert float((y.float() - want).norm()) <= 2 * 16**0.5 * 2**-9 * float(want.norm())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision_layer(name: str) -> None:
     exact = moved(ALL[name], dtype=torch.float32)
@@ -346,7 +351,7 @@ def test_half_precision_layer(name: str) -> None:
     y, want = first(half(x.bfloat16())), first(exact(x))
     assert y.dtype == torch.bfloat16
     if "moe" not in name:  # a token may go to another expert
-        torch.testing.assert_close(y.float(), want, rtol=0.1, atol=0.1 * float(want.abs().max()))
+        assert_rounded(y, want)
     cast = moved(ALL[name], dtype=torch.float32).bfloat16()
     for buffer, own in zip(cast.buffers(), exact.buffers(), strict=True):
         if own.dtype == torch.float32 and "moe" not in name:
@@ -361,7 +366,7 @@ def test_autocast_is_close(name: str) -> None:
     want = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+    assert_rounded(y, want)
     y.float().sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
 
