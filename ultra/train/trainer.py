@@ -307,7 +307,9 @@ class Trainer:
             again = health.rerun(self.model, batches, seeds, self.device, dtype)
         found = "; ".join(again.found[:8]) or f"gradient norm {again.norm:.4g}"
         if not self.gate.bad(again.loss, again.norm):
-            log.warning("made again it is a good step (%s); its samples are passed over", found)
+            log.warning(
+                "made again with the present weights it is a good step (%s); its samples are passed over", found
+            )
             return
         with self.backend(eager=True):
             reference = health.rerun_on_reference(self.model, batches, self.device)
