@@ -265,12 +265,11 @@ def test_features_are_not_bound_to_one(norm_type: str) -> None:
     assert bool((model(IDS).last_hidden_state.abs() > 2).any())
 
 
-@pytest.mark.parametrize("norm_type", ["dynamic_tanh", "derf"])
-def test_pointwise_norms_get_a_scaled_embedding(norm_type: str) -> None:
-    """Nothing rescales a small embedding before a pointwise norm, so its gradient vanishes."""
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_every_norm_gets_a_scaled_embedding(norm_type: str) -> None:
+    """A small embedding: before a pointwise norm its gradient vanishes, before LayerNorm the loss spikes."""
     model = build_model(small(norm_type=norm_type))
-    assert isinstance(model.embedding.scale, nn.Parameter)
-    assert build_model(small()).embedding.scale is None
+    assert isinstance(model.embedding.scale, nn.Parameter) and model.embedding.scale == model.cfg.hidden_size**0.5
 
 
 def test_table_starts_small() -> None:

@@ -215,7 +215,7 @@ def test_factorised_with_identity_projection_is_plain() -> None:
 
 def test_tied_head_shares_the_table() -> None:
     model = build_model(small())
-    names = [n for n, p in model.named_parameters() if p.shape[0] == 40 and p.dim() == 2]
+    names = [n for n, p in model.named_parameters() if p.dim() == 2 and p.shape[0] == 40]
     assert names == ["embedding.table.weight"] and model.head.vocabulary is model.embedding.table.weight
     untied = build_model(small(tie_embeddings=False, head_bias=False, mlm_head="none"))
     assert {n for n, _ in untied.named_parameters() if n.startswith("head")} == {"head.decoder"}

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ultra.cli import main
 from ultra.config import load_config
+from ultra.config.training import GROUPS
 from ultra.data.tokenizer import train_tokenizer
 from ultra.errors import UserError
 from ultra.train import checkpoint, train
@@ -50,7 +51,7 @@ def config(text: Path, tmp_path: Path):
     return make
 
 
-FROZEN = [f"training.lr_{group}=0" for group in "embeddings norms ode retnet mamba attention other".split()]
+FROZEN = [f"training.lr_{group}=0" for group in GROUPS]
 
 
 @pytest.mark.parametrize("form", ["run", "checkpoint", "exported"])
@@ -82,9 +83,10 @@ def test_weights_and_tokenizer_are_taken_and_the_rest_starts_anew(
 
 
 def test_it_learns_the_new_text(tiny_run: Path, config, tmp_path: Path) -> None:
-    assert train(config(tiny_run, "training.scheduler_total_steps=40"), run_dir=tmp_path / "run") == 0
+    rates = [f"training.lr_{group}=5e-3" for group in GROUPS]
+    assert train(config(tiny_run, "training.scheduler_total_steps=40", *rates), run_dir=tmp_path / "run") == 0
     losses = [row["eval_loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
-    assert losses[-1] < losses[0] - 1  # 14 words of about 4 tokens; 40 steps take it from 6 to about 3.5 nats
+    assert losses[-1] < losses[0] - 1  # 14 words of about 4 tokens; 40 steps take it from 6.1 to 3.6 nats
 
 
 def test_it_resumes_with_the_same_bits_when_the_base_is_gone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -21,10 +21,7 @@ class EmbeddingFields(ModelFields):
     embedding_conv_residual: bool = Field(True, description="Add the convolution to its input.")
     embedding_conv_depthwise: bool = Field(False, description="One filter per channel.")
     embedding_conv_causal: bool = Field(False, description="Look at earlier tokens only.")
-    embedding_scale: bool | Literal["auto"] = Field(
-        "auto",
-        description="Learned scalar on the embedding, sqrt(hidden_size) at first; auto: with pointwise norms.",
-    )
+    embedding_scale: bool = Field(True, description="Learned scalar on the embedding, sqrt(hidden_size) at first.")
 
 
 class Embedding(Component):
@@ -44,8 +41,8 @@ class Embedding(Component):
         if cfg.use_factorized_embedding:
             self.projection = nn.Linear(width, cfg.hidden_size, bias=False)
             nn.init.normal_(self.projection.weight, 0.0, width**-0.5)  # keeps the rows' root mean square
-        scaled = cfg.norm_type != "layer_norm" if cfg.embedding_scale == "auto" else cfg.embedding_scale
-        self.scale = nn.Parameter(torch.tensor(cfg.hidden_size**0.5)) if scaled else None
+        # Rows of 0.02 under a norm bring loss spikes (arXiv:2312.16903): docs/LOG.md has the runs without this
+        self.scale = nn.Parameter(torch.tensor(cfg.hidden_size**0.5)) if cfg.embedding_scale else None
 
     def forward(self, ids: torch.Tensor, seqs: Sequences) -> torch.Tensor:
         x = self.table(ids)
