@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Mamba has no positions but what its scan forgets: it finds a token by its neighbours, and begins to after 400 steps.
 STEPS = {("mamba", "copy8"): 750}
 # A score that only falls with distance cannot mean "eight back": HoPE alone is left with which symbols occur.
-LIMITS = {("pure_hope", "copy8"): 3.0, ("pure_hope", "local"): 1.1}
+LIMITS = {("pure_hope", "copy8"): 3.0}
 ALL = [(variant, language) for variant in VARIANTS for language in LANGUAGES]
 QUICK = [
     ("retnet", "copy8"), ("mamba", "local"), ("ode", "copy8"), ("titan_attn", "copy8"), ("sigmoid_attn", "copy8"),

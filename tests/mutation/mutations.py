@@ -27,7 +27,7 @@ def backend(name: str, op: str) -> str:
 INTERPRETED = (
     "TRITON_INTERPRET=1 tests/ops/test_all_ops.py tests/ops/test_pointwise_norm_triton.py -k 'triton and (dyt or derf)'"
 )
-EMULATED = "tests/ops/test_cuda.py -k emulat"
+EMULATED = "tests/ops/test_cuda.py -k 'against_float64 or many_blocks or relative_accuracy'"
 
 REFERENCES = [
     *of(
@@ -179,12 +179,16 @@ CPP = [
         "csrc/common/gates.h",
         backend("native", "selective_scan"),
         ("2.4022242085e-1f", "2.40e-1f"),
+    ),
+    *of(
+        "csrc/common/gates.h",
+        "tests/ops/test_simd.py",
         ("1.4000902483e-1f", "1.6e-1f"),
     ),
     *of(
         "csrc/common/simd.h",
         "tests/ops/test_simd.py",
-        ("1.4426950408889", "1.4427"),
+        ("2.12194440e-4f", "2.1219e-4f"),
         ("1.33314422036e-1f", "1.3331e-1f"),
         ("1.2837915e-1f", "1.28379e-1f"),
         ("(u + 0x7fff + ((u >> 16) & 1)) >> 16;", "(u + 0x8000) >> 16;"),
@@ -200,7 +204,7 @@ TRITON = [
         ("1.1283791671", "1.1283"),
         ("dalpha += slope * v", "dalpha += slope"),
         ("tl.store(out + D, tl.sum(dbias", "tl.store(out + D, tl.sum(dweight"),
-        ("(row < rows)[:, None]", "(row <= rows)[:, None]"),
+        ("(row < rows)[:, None]", "(row < rows - 1)[:, None]"),
     ),
 ]
 

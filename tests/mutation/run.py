@@ -40,7 +40,7 @@ def run_tests(tree: Path, tests: str) -> subprocess.CompletedProcess[str]:
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         env[name] = value
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *words]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *words]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 

@@ -1,11 +1,11 @@
-"""exp, tanh and erf of csrc/common/simd.h against float64, over all of float32, on every instruction set."""
+"""The functions of csrc/common/simd.h and gates.h against float64, on every instruction set."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ultra_kernels import _native
+from ultra_kernels import _native, causal_conv1d, selective_scan
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
 
@@ -36,6 +36,12 @@ def every_4099th_float() -> torch.Tensor:
     return torch.arange(0, 2**32, 4099).to(torch.int32).view(torch.float32)
 
 
+def ulps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """The error of float32 values, in units in the last place of the float64 truth."""
+    ulp = torch.ldexp(torch.ones_like(want), torch.frexp(want)[1] - 24).clamp(min=2.0**-149)
+    return (got.double() - want).abs() / ulp
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_units_in_the_last_place(library, name):
     truth = FUNCTIONS[name][1]
@@ -48,8 +54,7 @@ def test_units_in_the_last_place(library, name):
     fine = want.float().isfinite()
     assert torch.equal(got[~fine & ~want.isnan()], want.float().double()[~fine & ~want.isnan()])
     got, want = got[fine], want[fine]
-    ulp = torch.ldexp(torch.ones_like(want), torch.frexp(want)[1] - 24).clamp(min=2.0**-149)
-    error = (got - want).abs() / ulp
+    error = ulps(got, want)
     worst = int(error.argmax())
     off = float(error[worst])
     assert off <= ULP, f"{name}({float(x[fine][worst])!r}) is off by {off} ulp"
@@ -65,3 +70,27 @@ def test_no_element_past_the_end(library, n):
     x, y = torch.full((32,), 0.5), torch.full((32,), 7.0)
     library.simd_apply(1, x.data_ptr(), y.data_ptr(), n)
     assert torch.equal(y[n:], torch.full((32 - n,), 7.0)) and bool((y[:n] != 7.0).all())
+
+
+@pytest.mark.parametrize("gate", ["softplus", "silu"])
+def test_gates_in_units_in_the_last_place(library, gate):
+    """A scan of one step with ones everywhere else is the gate itself: Δ for softplus, D u silu(z) for silu."""
+    x = torch.cat([torch.linspace(-80, 80, 200_001), torch.linspace(-3, 3, 200_001)])
+    D = len(x)
+    one, row = torch.ones(1, 1, 1), torch.ones(1, D, 1)
+    if gate == "softplus":
+        y = selective_scan(row, x.view(1, D, 1), -torch.ones(D, 1), one, one, None, None, None, True, backend="native")
+        want = torch.nn.functional.softplus(x.double(), threshold=1000)
+    else:
+        y = selective_scan(row, 0 * row, -torch.ones(D, 1), one, one, torch.ones(D), x.view(1, D, 1), backend="native")
+        want = torch.nn.functional.silu(x.double())
+    # exp, reciprocal, product and sum, each rounded once or a little more
+    assert float(ulps(y.flatten(), want).max()) <= 4
+
+
+def test_bfloat16_is_rounded_to_even(library):
+    """1 + 2^-8 and 1 + 3 · 2^-8 lie half way between two bfloat16 numbers."""
+    bias = torch.tensor([2**-8, 3 * 2**-8]).repeat(32)
+    x, weight = torch.ones(1, 64, 1, dtype=torch.bfloat16), torch.tensor([[0.0, 1.0]]).repeat(64, 1)
+    y = causal_conv1d(x, weight, bias, backend="native").flatten()
+    assert torch.equal(y, (1 + bias).bfloat16()) and y[:2].tolist() == [1.0, 1.015625]
