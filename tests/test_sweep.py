@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from bench import sweep
 from ultra.config.training import GROUPS
 
 TINY = [
@@ -17,7 +18,12 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_every_point_of_the_grid_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def sweep(bench_module: Callable[[str], ModuleType]) -> ModuleType:
+    return bench_module("sweep")
+
+
+def test_every_point_of_the_grid_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], sweep: ModuleType) -> None:
     output = tmp_path / "results.jsonl"
     grid = ["--rates", "0.0,1e-2", "--vary", "training.grad_clip_max_norm=1,5"]
     assert sweep.main(["quickstart", *grid, *TINY, "--cache", str(tmp_path / "cache"), "--output", str(output)]) == 0
@@ -33,7 +39,7 @@ def test_every_point_of_the_grid_is_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert losses == sorted(losses)
 
 
-def test_an_interrupted_run_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_the_sweep(monkeypatch: pytest.MonkeyPatch, sweep: ModuleType) -> None:
     seen: list[list[str]] = []
     row = {"exit": 75, "train": None, "held_out": 1.0, "on_mask": 1.0, "skipped": 0, "seconds": 0.0}
     monkeypatch.setattr(sweep, "one_run", lambda preset, overrides, cache: seen.append(overrides) or row)
