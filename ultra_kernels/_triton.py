@@ -14,6 +14,14 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
          torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}  # fmt: skip
 
 
+def arch_of(tensor: torch.Tensor) -> int:
+    """The architecture that `tensor` is on; on a CPU, where kernels are interpreted, that of Hopper."""
+    if tensor.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return major * 10 + minor
+
+
 class Launch(NamedTuple):
     """One kernel launch: arguments by name, with a tensor's dtype in its place; options such as num_warps."""
 

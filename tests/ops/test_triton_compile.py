@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 import tempfile
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 import ultra_kernels
+from ultra_kernels import _triton
 from ultra_kernels._dispatch import OPS
 from ultra_kernels._testing import cases
 from ultra_kernels._triton import ARCHS, Configuration, Launch, recorded_launches
@@ -37,7 +39,10 @@ pytestmark = pytest.mark.skipif(
 
 # Bytes of shared memory that one program may have (CUDA programming guide, "maximum per thread block").
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TRITON_OPS = [name for name, op in OPS.items() if "triton" in op.names]
+FOLDERS: dict[str, list[str]] = {}  # folder with Triton kernels -> its ops
+for name, op in OPS.items():
+    if "triton" in op.names:
+        FOLDERS.setdefault(op.package.rsplit(".", 1)[1], []).append(name)
 
 
 @dataclasses.dataclass
@@ -94,11 +99,15 @@ def key(configuration: Configuration, arch: int) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def configurations(folder: str) -> list[Configuration]:
+    return OPS[FOLDERS[folder][0]].module("triton").configurations()
+
+
 def shipped() -> list[Any]:
     return [
-        pytest.param(configuration, arch, id=f"{name}-{configuration.name}-sm{arch}")
-        for name in TRITON_OPS
-        for configuration in OPS[name].module("triton").configurations()
+        pytest.param(configuration, arch, id=f"{folder}-{configuration.name}-sm{arch}")
+        for folder in FOLDERS
+        for configuration in configurations(folder)
         for arch in configuration.archs
     ]
 
@@ -114,46 +123,46 @@ def test_shipped_configuration(configuration: Configuration, arch: int, pytestco
     assert not problems(usage, arch), f"{configuration.name}: {problems(usage, arch)}"
 
 
-@pytest.mark.parametrize("name", TRITON_OPS)
-def test_every_architecture_is_served(name: str) -> None:
-    archs = {arch for c in OPS[name].module("triton").configurations() for arch in c.archs}
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_architecture_is_served(folder: str) -> None:
+    archs = {arch for c in configurations(folder) for arch in c.archs}
     assert archs == set(ARCHS)
 
 
 @functools.cache
-def launches(name: str) -> dict[tuple[str, torch.dtype], list[Launch]]:
-    """The launches of forward and backward for each case and dtype of an op; nothing runs."""
-    OPS[name].module("triton")  # decorated before the environment says that an interpreter is there
+def launches(folder: str) -> dict[tuple[str, str, torch.dtype, int], list[Launch]]:
+    """The launches of forward and backward for each op, case, dtype and architecture; nothing runs."""
+    configurations(folder)  # decorated before the environment says that an interpreter is there
     found = {}
-    for case in cases(name):
-        for dtype in case.dtypes:
+    for name, arch in itertools.product(FOLDERS[folder], ARCHS):
+        for case, dtype in ((c, dtype) for c in cases(name) for dtype in c.dtypes):
             with pytest.MonkeyPatch.context() as patch, recorded_launches(run=False) as seen:
                 patch.setenv("TRITON_INTERPRET", "1")
+                patch.setattr(_triton, "arch_of", lambda tensor, arch=arch: arch)
                 result = getattr(ultra_kernels, name)(**case.inputs(dtype), backend="triton")
                 outputs = result if isinstance(result, tuple) else (result,)
                 torch.stack([o.float().sum() for o in outputs]).sum().backward()
-            found[case.name, dtype] = seen
+            found[name, case.name, dtype, arch] = seen
     return found
 
 
-@pytest.mark.parametrize("name", TRITON_OPS)
-def test_launches_are_shipped_configurations(name: str) -> None:
-    configurations = list(OPS[name].module("triton").configurations())
-    for (case, dtype), seen in launches(name).items():
-        assert seen, (case, dtype)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_launches_are_shipped_configurations(folder: str) -> None:
+    for call, seen in launches(folder).items():
+        assert seen, call
         for launch in seen:
-            assert any(c.covers(launch) for c in configurations), (
-                f"{case}, {dtype}: {launch.kernel.fn.__name__} is launched with {launch.options} and arguments that "
+            assert any(c.covers(launch) for c in configurations(folder)), (
+                f"{call}: {launch.kernel.fn.__name__} is launched with {launch.options} and arguments that "
                 f"no configuration lists: {launch.arguments}"
             )
 
 
-@pytest.mark.parametrize("name", TRITON_OPS)
-def test_every_shipped_configuration_is_launched_by_a_case(name: str) -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_shipped_configuration_is_launched_by_a_case(folder: str) -> None:
     """So that the comparison with float64 on a GPU runs every one of them."""
-    seen = [launch for found in launches(name).values() for launch in found]
-    unreached = [c.name for c in OPS[name].module("triton").configurations() if not any(map(c.covers, seen))]
-    assert not unreached, f"no case of {name} launches {', '.join(unreached)}: add one to its cases.py"
+    seen = [launch for found in launches(folder).values() for launch in found]
+    unreached = [c.name for c in configurations(folder) if not any(map(c.covers, seen))]
+    assert not unreached, f"no case of {folder} launches {', '.join(unreached)}: add one to its cases.py"
 
 
 # ---- the checks themselves can fail --------------------------------------------------------------------------
@@ -200,5 +209,5 @@ def test_the_key_follows_source_and_configuration() -> None:
     configuration = hungry(4)
     assert key(configuration, 90) == key(hungry(4), 90)
     assert key(configuration, 90) != key(configuration, 100) != key(hungry(8), 100)
-    first = OPS[TRITON_OPS[0]].module("triton").configurations()[0]
+    first = configurations(next(iter(FOLDERS)))[0]
     assert key(dataclasses.replace(first, kernel=hungry_kernel), 90) != key(first, 90)

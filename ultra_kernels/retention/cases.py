@@ -62,6 +62,7 @@ def _case(
             flops=2 * H * sum(n * n for n in lengths) * (K + V),
             small=("log_decay", "scale", "initial_state"),
             constant=("log_decay",),
+            through_half=("out1", "dscale", "dinitial_state"),  # scores and decayed keys are operands of products
             bench=bench,
         )
     )
@@ -96,16 +97,19 @@ _case("T1", 1, 1, 1, 2, 2)
 _case("T63-forward", 2, 63, 3, 5, 7, direction="forward")
 _case("T113-backward-scale", 1, 113, 2, 16, 8, direction="backward", scale=0.7)
 _case("T113-bidirectional-heads", 2, 113, 4, 8, 8, scale="heads")
-_case("T600-chunked", 1, 600, 3, 8, 4)
+_case("T330-chunked", 1, 330, 3, 8, 4)
 _case("T300-chunked-state", 1, 300, 2, 4, 8, direction="forward", state=True)
 _case("strided", 2, 20, 3, 8, 6, strided=True)
 _case("ragged", 1, 100, 3, 8, 8, cu=(0, 40, 40, 41, 90, 100))
 _case("ragged-state", 1, 50, 3, 8, 4, direction="forward", cu=(0, 0, 30, 31, 50, 50), state=True)
 _case("equal-packed-backward", 1, 48, 2, 8, 8, direction="backward", cu=(0, 16, 32, 48))
+_case("T70-K60-V100-forward", 1, 70, 1, 60, 100, direction="forward", state=True)
+_case("T130-K96-V192", 1, 130, 1, 96, 192)
 _case("mini-16x128", 1, 2048, 6, 64, 64, cu=tuple(range(0, 2049, 128)), bench=True)
 _case("standard-T2048", 1, 2048, 12, 64, 64, bench=True)
 
 _step("smallest", 1, 1, 1, 1)
 _step("B3", 3, 4, 8, 5)
 _step("heads", 2, 3, 4, 4, scale="heads")
+_step("V32", 2, 1, 70, 32)
 _step("standard", 4, 12, 64, 64, bench=True)

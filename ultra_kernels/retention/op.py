@@ -6,14 +6,33 @@ from typing import Literal, overload
 
 import torch
 
-from .._dispatch import Op, autocast, full_precision
+from .._dispatch import Op, autocast, define_differentiable, full_precision, triton_why_not
 from .._packed import check_cu_seqlens
 from . import reference
 
 Direction = Literal["forward", "backward", "bidirectional"]
 
-OP = Op("retention", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
-STEP = Op("retention_step", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+MAX_HEAD_DIM = 256  # of the Triton kernels: a tile of queries is kept on the chip as a whole
+
+
+def triton_limits(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> str | None:
+    """The reasons of triton_why_not, and dtypes and head dimensions that the kernels are not made for."""
+    if (reason := triton_why_not(q)) is not None:
+        return reason
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take float32, bfloat16 and float16, not {q.dtype}; backend='reference' computes in it"
+    if k is None or v is None:
+        return None
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them to one"
+    if max(k.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return f"head dimensions are {k.shape[-1]} and {v.shape[-1]}, above {MAX_HEAD_DIM}; use more heads"
+    return None
+
+
+_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("reference",)}
+OP = Op("retention", __package__, _ORDER, {"triton": triton_limits})
+STEP = Op("retention_step", __package__, _ORDER, {"triton": triton_limits})
 
 
 @overload
@@ -91,11 +110,15 @@ def retention(
     if initial_state is not None and initial_state.shape != want:
         raise ValueError(f"retention: initial_state has shape {tuple(initial_state.shape)}, must be {want}")
     q, k, v = autocast(q, k, v)
-    OP.choose(backend, q)
-    with full_precision(q):
-        o, state = reference.retention(
-            q, k, v, log_decay, *_scales(K, scale), direction, cu_seqlens, initial_state, output_final_state, chunk_size
-        )
+    chosen = OP.choose(backend, q, k, v)
+    args = (
+        q, k, v, log_decay, *_scales(K, scale), direction, cu_seqlens, initial_state, output_final_state, chunk_size
+    )  # fmt: skip
+    if chosen == "reference":
+        with full_precision(q):
+            o, state = reference.retention(*args)
+    else:
+        o, state = _forward(*args, chosen)
     return (o, state) if output_final_state else o
 
 
@@ -123,9 +146,13 @@ def retention_step(
     if state.shape != (*q.shape, v.shape[-1]):
         raise ValueError(f"retention_step: state has shape {tuple(state.shape)}, must be {(*q.shape, v.shape[-1])}")
     q, k, v = autocast(q, k, v)
-    STEP.choose(backend, q)
-    with full_precision(q):
-        return reference.retention_step(q, k, v, log_decay, state, *_scales(q.shape[2], scale))
+    chosen = STEP.choose(backend, q, k, v)
+    args = (q, k, v, log_decay, state, *_scales(q.shape[2], scale))
+    if chosen == "reference":
+        with full_precision(q):
+            return reference.retention_step(*args)
+    o, new_state = _step(*args, chosen)
+    return o, new_state
 
 
 def _scales(K: int, scale: float | torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
@@ -137,3 +164,111 @@ def _check_heads(H: int, log_decay: torch.Tensor, scale: float | torch.Tensor | 
     for name, x in (("log_decay", log_decay), ("scale", scale)):
         if isinstance(x, torch.Tensor) and x.shape != (H,):
             raise ValueError(f"retention: {name} has shape {tuple(x.shape)}, must be ({H},)")
+
+
+def _fake(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial, output_final_state, chunk, backend):  # type: ignore[no-untyped-def]
+    S = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (S, *q.shape[2:], v.shape[3]) if output_final_state else (0,)
+    return q.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, ctx.scale, head_scale, ctx.direction, cu_seqlens, initial, _, ctx.chunk, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, log_decay, head_scale, cu_seqlens, initial)
+    ctx.set_materialize_grads(False)  # no zeros for a final state that nobody used
+
+
+def _gradients(ctx, grad, grad_final):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, head_scale, cu_seqlens, initial = ctx.saved_tensors
+    args = (q, k, v, log_decay, ctx.scale, head_scale, ctx.direction, cu_seqlens, initial, ctx.chunk, ctx.backend)
+    dq, dk, dv, dscale, dinitial = _backward(torch.zeros_like(v) if grad is None else grad, grad_final, *args)
+    dscale = None if head_scale is None else dscale.to(head_scale.dtype)
+    dinitial = None if initial is None else dinitial.to(initial.dtype)
+    return dq, dk, dv, None, None, dscale, None, None, dinitial, None, None, None
+
+
+def _backward_fake(grad, grad_final, q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial, *options):  # type: ignore[no-untyped-def]
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        *(q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (head_scale, initial)),
+    )
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? head_scale, str direction, "
+    "Tensor? cu_seqlens, Tensor? initial_state"
+)
+
+_forward, _backward = define_differentiable(
+    f"retention({_INPUTS}, bool output_final_state, int? chunk, str backend) -> (Tensor, Tensor)",
+    # dhead_scale [H] and dinitial_state in float32, empty where there is no such input
+    f"retention_backward(Tensor grad, Tensor? grad_final, {_INPUTS}, int? chunk, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
+    forward_fake=_fake,
+    backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
+
+
+def _step_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, ctx.scale, head_scale, _ = inputs
+    ctx.save_for_backward(q, k, v, log_decay, head_scale, output[1])
+    ctx.state_dtype = state.dtype
+
+
+def _step_gradients(ctx, grad, grad_state):  # type: ignore[no-untyped-def]
+    *tensors, new_state = ctx.saved_tensors
+    dq, dk, dv, dstate, dscale = _step_backward(grad, grad_state, *tensors, new_state, ctx.scale)
+    head_scale = tensors[-1]
+    dscale = None if head_scale is None else dscale.to(head_scale.dtype)
+    return dq, dk, dv, None, dstate.to(ctx.state_dtype), None, dscale, None
+
+
+def _step_backward_impl(
+    grad: torch.Tensor,
+    grad_state: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    head_scale: torch.Tensor | None,
+    new_state: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv, and in float32 dstate and dhead_scale (empty without head_scale)."""
+    with full_precision(q):
+        factor = scale if head_scale is None else head_scale.float()[:, None]
+        wide, g = q.float(), grad.float()
+        unscaled = (new_state @ g[..., None]).squeeze(-1)  # [B,H,K]
+        dnew = grad_state + (factor * wide)[..., None] * g[..., None, :]
+        return (
+            (factor * unscaled).to(q.dtype),
+            (dnew @ v.float()[..., None]).squeeze(-1).to(k.dtype),
+            (k.float()[..., None, :] @ dnew).squeeze(-2).to(v.dtype),
+            log_decay.float().exp()[:, None, None] * dnew,
+            q.new_empty(0, dtype=torch.float32) if head_scale is None else (wide * unscaled).sum((0, 2)),
+        )
+
+
+_step, _step_backward = define_differentiable(
+    "retention_step(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor state, float scale, Tensor? head_scale, "
+    "str backend) -> (Tensor, Tensor)",
+    "retention_step_backward(Tensor grad, Tensor grad_state, Tensor q, Tensor k, Tensor v, Tensor log_decay, "
+    "Tensor? head_scale, Tensor new_state, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=lambda *args: STEP.module(args[-1]).step_forward(*args[:-1]),
+    forward_fake=lambda q, k, v, log_decay, state, scale, head_scale, backend: (
+        v.new_empty(v.shape),
+        state.new_empty(state.shape, dtype=torch.float32),
+    ),
+    backward=_step_backward_impl,
+    backward_fake=lambda grad, grad_state, q, k, v, log_decay, head_scale, new_state, scale: (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        new_state.new_empty(new_state.shape),
+        q.new_empty(0 if head_scale is None else head_scale.shape, dtype=torch.float32),
+    ),
+    setup_context=_step_setup_context,
+    gradients=_step_gradients,
+)

@@ -1,30 +1,36 @@
 """Retention in Triton; the contract is in op.py.
 
-One kernel computes a tile of rows of o = scale · Σ_m gamma^|n-m| (q_n·k_m) v_m as flash attention does, without softmax.
-The same kernel is its own backward: dQ = Ret(dO, V, K), dK = Retᵀ(V, dO, Q), dV = Retᵀ(K, Q, dO), where ᵀ swaps the
-sides. No score or accumulator is transposed. Whatever depends on direction, packing and states is a run-time value, so
-that a kernel per dtype and head dimension serves all of them.
+One kernel computes a tile of rows of o = scale · Σ_m gamma^|n-m| (q_n·k_m) v_m as flash attention does, without the
+softmax. It is its own backward: dQ = Ret(dO, V, K), dK = Retᵀ(V, dO, Q), dV = Retᵀ(K, Q, dO), where ᵀ swaps the sides;
+no accumulator is transposed, which Triton 3.4 to 3.7.0 get wrong on Hopper. Direction, packing and states are run-time
+values, so that one kernel per dtype and head dimension serves all of them. A prologue on q and k (rotary) belongs into
+`_load`'s callers, an epilogue (norm, gate) before the last store; a tile then has to cover V.
 
 Off the diagonal gamma^|n-m| is a product of a row, a column and a tile factor, each at most 1; the tiles on the
 diagonal compute the powers. Keys further away than gamma^24 halvings are skipped: what that leaves out of a row is at
-most 2^-24 / (1 - gamma) of its largest term, half a float32 rounding of a sum of equal terms, 1 / (1 - gamma).
+most 2^-24 / (1 - gamma) times its largest term, half a float32 rounding of the whole sum were its terms alike.
 
-The chunkwise form: `state_kernel` walks over each sequence and leaves the state Σ gamma^.. k v^T at every chunk's border,
+In the chunkwise form `state_kernel` walks along each sequence and leaves the state Σ gamma^.. k vᵀ at chunk borders,
 for one side or both; the tile kernel then looks at keys of its own chunk and multiplies its queries with the states of
-the two borders. The parallel form is one chunk. A state that enters from the left is S = Σ_{m < c0} gamma^(c0-1-m) k v^T
-and meets query n with gamma^(n-c0+1); one from the right is S = Σ_{m >= c1} gamma^(m-c1+1) k v^T and meets it with
+the two borders. The parallel form is one chunk. A state that enters from the left is S = Σ_{m < c0} gamma^(c0-1-m) k vᵀ
+and meets query n with gamma^(n-c0+1); one from the right is S = Σ_{m >= c1} gamma^(m-c1+1) k vᵀ and meets it with
 gamma^(c1-1-n). So the gradient of a final state enters from the right as it is, and what leaves on the left is the
 gradient of the initial state.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from .. import _triton
+from .._triton import ARCHS, Configuration
+
 
 @triton.jit
 def _sequence(cu_seqlens, slot, num_seqs, T, SIZE):
@@ -76,9 +82,8 @@ def _state_unit(g, T):
 
 
 @triton.jit
-def _rows(x, batch, h, first, stride_batch, stride_row, stride_head, ROWS: tl.constexpr):
-    """Addresses [ROWS] of the rows `first`, `first` + 1, ... of x [B,T,H,.]."""
-    row = first + tl.arange(0, ROWS)
+def _rows(x, batch, h, row, stride_batch, stride_row, stride_head):
+    """Addresses of rows of x [B,T,H,.]."""
     return x + (batch * stride_batch.to(tl.int64) + h * stride_head.to(tl.int64) + row * stride_row.to(tl.int64)) * 8
 
 
@@ -145,17 +150,18 @@ def tile_kernel(
     inner = tl.where(scale_first != 0, factor, 1.0)
     a, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     e = v_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    n_ok = n0 + a < end
-    q_rows = _rows(q, batch, h, n0, q_batch, q_row, q_head, BLOCK_M)
+    n = n0 + a
+    n_ok = n < end
+    q_rows = _rows(q, batch, h, n, q_batch, q_row, q_head)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
 
     if has_states != 0:
         entry = (_first_slot(sequence, begin, num_seqs, T, chunk) + c).to(tl.int64) * H + h
         for side in range(0, left + right):
-            power = tl.where(side < left, n0 + a - c0 + 1, c1 - 1 - n0 - a)
+            power = tl.where(side < left, n - c0 + 1, c1 - 1 - n)
             row = tl.exp2(tl.maximum(power, 0).to(tl.float32) * g)
             state = states + (side * state_slots.to(tl.int64) * H + entry) * K * V
-            for d0 in tl.range(0, K, BLOCK_D, num_stages=1):
+            for d0 in range(0, K, BLOCK_D):
                 d = d0 + tl.arange(0, BLOCK_D)
                 q_part = _load(q_rows, n_ok, d, K).to(tl.float32) * row[:, None]
                 s_part = _load(state + d * V, d < K, e, V)
@@ -166,14 +172,15 @@ def tile_kernel(
     q_tile = 0.0
     if WHOLE_K:
         q_tile = _load(q_rows, n_ok, tl.arange(0, BLOCK_K), K)
-    for m0 in tl.range(n0, n0 + BLOCK_M, BLOCK_N, num_stages=1):
-        m_ok = m0 + j < end
-        k_rows = _rows(k, batch, h, m0, k_batch, k_row, k_head, BLOCK_N)
+    for m0 in range(n0, n0 + BLOCK_M, BLOCK_N):
+        m = m0 + j
+        m_ok = m < end
+        k_rows = _rows(k, batch, h, m, k_batch, k_row, k_head)
         s = _scores(q_tile, q_rows, n_ok, k_rows, m_ok, K, BLOCK_K, WHOLE_K)
-        gap = (n0 + a)[:, None] - (m0 + j)[None, :]
+        gap = n[:, None] - m[None, :]
         wanted = ((gap >= 0) & (left != 0)) | ((gap <= 0) & (right != 0))
         s = tl.where(wanted, s * inner * tl.exp2(tl.abs(gap).to(tl.float32) * g), 0.0)
-        values = _load(_rows(v, batch, h, m0, v_batch, v_row, v_head, BLOCK_N), m_ok, e, V)
+        values = _load(_rows(v, batch, h, m, v_batch, v_row, v_head), m_ok, e, V)
         acc = tl.dot(s.to(v.dtype.element_ty), values, acc, input_precision="ieee")
 
     # keys before, then keys after: gamma^distance of the nearest pair, of each row to it, of each key to it
@@ -185,21 +192,21 @@ def tile_kernel(
     for i in range(0, n_left + n_right):
         before = i < n_left
         away = tl.where(before, i, i - n_left) * BLOCK_N
-        m0 = tl.where(before, n0 - BLOCK_N - away, n0 + BLOCK_M + away)
-        m_ok = m0 + j < c1
-        k_rows = _rows(k, batch, h, m0, k_batch, k_row, k_head, BLOCK_N)
+        m = tl.where(before, n0 - BLOCK_N - away, n0 + BLOCK_M + away) + j
+        m_ok = m < c1
+        k_rows = _rows(k, batch, h, m, k_batch, k_row, k_head)
         s = _scores(q_tile, q_rows, n_ok, k_rows, m_ok, K, BLOCK_K, WHOLE_K)
         row = tl.where(before, row_left, row_right) * (inner * tl.exp2((away + 1).to(tl.float32) * g))
         s = s * row[:, None] * tl.where(before, key_left, key_right)[None, :]
-        values = _load(_rows(v, batch, h, m0, v_batch, v_row, v_head, BLOCK_N), m_ok, e, V)
+        values = _load(_rows(v, batch, h, m, v_batch, v_row, v_head), m_ok, e, V)
         acc = tl.dot(s.to(v.dtype.element_ty), values, acc, input_precision="ieee")
 
     if wants_dscale != 0:
-        r_tile = _load(_rows(r, batch, h, n0, r_batch, r_row, r_head, BLOCK_M), n_ok, e, V)
+        r_tile = _load(_rows(r, batch, h, n, r_batch, r_row, r_head), n_ok, e, V)
         total = tl.sum(tl.sum(acc * r_tile.to(tl.float32), axis=0), axis=0)
         tl.store(dscale + (h.to(tl.int64) * slots + slot) * v_tiles + v_tile, total)
     acc = acc * tl.where(scale_first != 0, 1.0, factor)
-    o_rows = o + ((batch * T.to(tl.int64) + n0 + a) * H + h) * V
+    o_rows = o + ((batch * T.to(tl.int64) + n) * H + h) * V
     tl.store(o_rows[:, None] + e[None, :], acc, mask=n_ok[:, None] & (e < V)[None, :])
 
 
@@ -240,8 +247,8 @@ def state_kernel(
     j = tl.arange(0, BLOCK_T)
     inside = (d < K)[:, None] & (e < V)[None, :]
     at = d[:, None] * V + e[None, :]
-    end_at = (sequence.to(tl.int64) * H + h) * (K * V) + at
-    slot_at = states + (side * state_slots + _first_slot(sequence, begin, num_seqs, T, chunk)).to(tl.int64) * (H * K * V)
+    end_at = (sequence.to(tl.int64) * H + h) * K * V + at
+    first_slot = side * state_slots.to(tl.int64) + _first_slot(sequence, begin, num_seqs, T, chunk)
     acc = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if has_initial != 0:
         acc = tl.load(initial + end_at, mask=inside, other=0.0)
@@ -251,45 +258,44 @@ def state_kernel(
         block = tl.where(from_left, i, blocks - 1 - i)
         place = block % per_chunk
         if tl.where(from_left, place == 0, (place == per_chunk - 1) | (i == 0)):
-            entry = slot_at + ((block // per_chunk).to(tl.int64) * H + h) * (K * V)
-            tl.store(entry + at, acc * unit, mask=inside)
+            tl.store(states + ((first_slot + block // per_chunk) * H + h) * K * V + at, acc * unit, mask=inside)
         m0 = begin + block * BLOCK_T
         m1 = tl.minimum(m0 + BLOCK_T, end)
         m_ok = m0 + j < m1
-        k_rows = _rows(k, batch, h, m0, k_batch, k_row, k_head, BLOCK_T)
-        v_rows = _rows(v, batch, h, m0, v_batch, v_row, v_head, BLOCK_T)
+        k_rows = _rows(k, batch, h, m0 + j, k_batch, k_row, k_head)
+        v_rows = _rows(v, batch, h, m0 + j, v_batch, v_row, v_head)
         keys = tl.load(k_rows[None, :] + d[:, None], mask=m_ok[None, :] & (d < K)[:, None], other=0.0)
         power = tl.where(from_left, m1 - m0 - 1 - j, j + 1).to(tl.float32)
         weight = tl.exp2(tl.maximum(power, 0.0) * g) * factor
         keys = (keys.to(tl.float32) * weight[None, :]).to(k.dtype.element_ty)
-        acc = tl.dot(keys, _load(v_rows, m_ok, e, V), acc * tl.exp2((m1 - m0).to(tl.float32) * g), input_precision="ieee")
+        acc = acc * tl.exp2((m1 - m0).to(tl.float32) * g)
+        acc = tl.dot(keys, _load(v_rows, m_ok, e, V), acc, input_precision="ieee")
     if wants_final != 0:
         tl.store(final + end_at, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "K"])
 def step_kernel(
     q, k, v, state, o, new_state, log_decay, scale, H, K, V,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head and BLOCK_V columns of its state; everything is contiguous."""
+    """One token of one head, BLOCK_V columns of its state per program; everything is contiguous."""
     v_tiles = (V + BLOCK_V - 1) // BLOCK_V
     row = (tl.program_id(0) // v_tiles).to(tl.int64)
     h = row % H
     e = tl.program_id(0) % v_tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     values = tl.load(v + row * V + e, mask=e < V, other=0.0).to(tl.float32)
     gamma = tl.exp2(_decay(log_decay, h))
-    sums = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    products = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     for d0 in range(0, K, BLOCK_K):
         d = d0 + tl.arange(0, BLOCK_K)
         inside = (d < K)[:, None] & (e < V)[None, :]
-        q_part = tl.load(q + row * K + d, mask=d < K, other=0.0).to(tl.float32)
-        k_part = tl.load(k + row * K + d, mask=d < K, other=0.0).to(tl.float32)
         at = (row * K + d)[:, None] * V + e[None, :]
-        s = gamma * tl.load(state + at, mask=inside, other=0.0) + k_part[:, None] * values[None, :]
+        keys = tl.load(k + row * K + d, mask=d < K, other=0.0).to(tl.float32)
+        s = gamma * tl.load(state + at, mask=inside, other=0.0) + keys[:, None] * values[None, :]
         tl.store(new_state + at, s, mask=inside)
-        sums += q_part[:, None] * s
-    tl.store(o + row * V + e, tl.sum(sums, axis=0) * tl.load(scale + h), mask=e < V)
+        products += tl.load(q + row * K + d, mask=d < K, other=0.0).to(tl.float32)[:, None] * s
+    tl.store(o + row * V + e, tl.sum(products, axis=0) * tl.load(scale + h), mask=e < V)
 
 
 class Tile(NamedTuple):
@@ -309,28 +315,29 @@ class StateTile(NamedTuple):
     num_stages: int
 
 
-# By head dimensions, rounded up to a power of two; not timed on a GPU yet.
+# (width that scores sum over, width of the output), up to which a half-precision tile serves.
+WIDTHS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (256, 128))
+# By architecture, the oldest that a tile is for; not timed on a GPU yet. sm_80 spills at 128 rows, and at 64 keys for
+# (64, 64).
 HALF = {
-    (k, v): Tile(128 if k < 256 else 64, 64, k, v, 8 if k >= 64 or v >= 64 else 4, 2)
-    for k in (32, 64, 128, 256)
-    for v in (32, 64, 128)
+    80: {(k, v): Tile(64, 64, k, v, 4 if k == 32 else 8, 2) for k, v in WIDTHS},
+    90: {(k, v): Tile(128, 64, k, v, 4 if k == 32 else 8, 2) for k, v in WIDTHS},
 }
-SINGLE = {v: Tile(64, 32, 32, v, 4, 1) for v in (32, 64)}
+HALF[80][64, 64] = Tile(64, 32, 64, 64, 4, 2)
+# Float32 products run on the plain units, which hold the operands of a whole block in registers.
+SINGLE = Tile(64, 32, 16, 64, 8, 1)
 HALF_STATE = StateTile(64, 64, 64, 4, 2)
 SINGLE_STATE = StateTile(32, 32, 32, 4, 1)
+STEP = StateTile(1, 64, 64, 4, 1)
 FUSION = True  # Triton's own default differs between versions
 
 
-def tile_of(dtype: torch.dtype, K: int, V: int) -> Tile:
-    """K is the width that scores sum over, V that of the output."""
-    v = max(32, triton.next_power_of_2(V))
-    if dtype == torch.float32:
-        return SINGLE[min(v, 64)]
-    return HALF[max(32, triton.next_power_of_2(K)), min(v, 128)]
-
-
-def state_tile_of(dtype: torch.dtype) -> StateTile:
-    return SINGLE_STATE if dtype == torch.float32 else HALF_STATE
+def tile_of(q: torch.Tensor, K: int, V: int) -> Tile:
+    """K is the width that scores sum over, V that of the output; a wider output takes several tiles."""
+    if q.dtype == torch.float32:
+        return SINGLE
+    table = HALF[max(arch for arch in HALF if arch <= max(_triton.arch_of(q), min(HALF)))]
+    return table[next((k, v) for k, v in WIDTHS if k >= K and (v >= V or v == 128))]
 
 
 def chunk_length(length: int, K: int, V: int) -> int | None:
@@ -434,7 +441,7 @@ def _retention(
     (B, T, H, K), V = q.shape, v.shape[3]
     q, k, v = _readable(q), _readable(k), _readable(v)
     r = q if dscale_rows is None else _readable(dscale_rows)
-    tile, rows = tile_of(q.dtype, K, V), max(T, 1)
+    tile, rows = tile_of(q, K, V), max(T, 1)
     chunk = problem.chunk or chunk_length(T // max(problem.sequences, 1) if problem.packed else T, K, V) or rows
     chunk = triton.cdiv(min(chunk, rows), tile.block_m) * tile.block_m
     num_seqs = problem.sequences if problem.packed else 0
@@ -443,30 +450,14 @@ def _retention(
         return T // size + num_seqs if problem.packed else B * triton.cdiv(T, size)
 
     has_states = chunk < T or initial is not None or wants_final
-    states, final, state_slots = v, problem.scale, slots_of(chunk)  # what is not used is an address of its type
-    K16, V16 = triton.cdiv(K, 16), triton.cdiv(V, 16)
     shape = dict(
-        T=T, H=H, K16=K16, V16=V16, num_seqs=num_seqs, chunk=chunk, state_slots=state_slots,
-        left=int(left), right=int(right), scale_first=int(scale_first),
+        T=T, H=H, K16=triton.cdiv(K, 16), V16=triton.cdiv(V, 16), num_seqs=num_seqs, chunk=chunk,
+        state_slots=slots_of(chunk), left=int(left), right=int(right), scale_first=int(scale_first),
     )  # fmt: skip
+    states, final = v, problem.scale  # what is not used is an address of its type
     if has_states:
-        sides, (block_t, block_k, block_v, num_warps, num_stages) = left + right, state_tile_of(q.dtype)
-        states = v.new_empty(sides, state_slots, H, 16 * K16, 16 * V16)
-        if wants_final:
-            final = v.new_empty(problem.sequences, H, 16 * K16, 16 * V16, dtype=torch.float32)
-        start = problem.scale
-        if initial is not None:
-            start = F.pad(initial.float(), (0, -V % 16, 0, -K % 16)).contiguous()
-        k_tiles, v_tiles = triton.cdiv(K, block_k), triton.cdiv(V, block_v)
-        if grid := k_tiles * v_tiles * sides * H * problem.sequences:
-            state_kernel[(grid,)](
-                k, v, states, start, final, problem.log_decay, problem.scale, problem.cu_seqlens,
-                *_strides(k), *_strides(v), k_tiles=k_tiles, v_tiles=v_tiles,
-                has_initial=int(initial is not None), wants_final=int(wants_final),
-                BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_V=block_v,
-                num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=FUSION, **shape,
-            )  # fmt: skip
-    o = v.new_empty(B, T, H, 16 * V16)
+        states, final = _states(problem, k, v, shape, initial, wants_final)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     slots, v_tiles = slots_of(tile.block_m), triton.cdiv(V, tile.block_v)
     dscale = problem.scale if dscale_rows is None else problem.scale.new_zeros(H, slots, v_tiles)
     if grid := v_tiles * slots * H:
@@ -475,7 +466,7 @@ def _retention(
             *_strides(q), *_strides(k), *_strides(v), *_strides(r), slots=slots, v_tiles=v_tiles,
             has_states=int(has_states), wants_dscale=int(dscale_rows is not None),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v,
-            WHOLE_K=tile.block_k >= K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            WHOLE_K=q.dtype != torch.float32, num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=FUSION, **shape,
         )  # fmt: skip
     none = problem.scale.new_empty(0)
@@ -484,6 +475,35 @@ def _retention(
         final[..., :K, :V].contiguous() if wants_final else none,
         none if dscale_rows is None else dscale.sum((1, 2)),
     )
+
+
+def _states(
+    problem: Problem,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shape: dict[str, int],
+    initial: torch.Tensor | None,
+    wants_final: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters every chunk, and the final states [sequences,H,K,V]; K and V are multiples of 16."""
+    (H, K), V, sides = k.shape[2:], v.shape[3], shape["left"] + shape["right"]
+    tile = SINGLE_STATE if k.dtype == torch.float32 else HALF_STATE
+    states = v.new_empty(sides, shape["state_slots"], H, K, V)
+    start, final = problem.scale, problem.scale
+    if initial is not None:
+        start = F.pad(initial.float(), (0, V - initial.shape[3], 0, K - initial.shape[2])).contiguous()
+    if wants_final:
+        final = v.new_empty(problem.sequences, H, K, V, dtype=torch.float32)
+    k_tiles, v_tiles = triton.cdiv(K, tile.block_k), triton.cdiv(V, tile.block_v)
+    if grid := k_tiles * v_tiles * sides * H * problem.sequences:
+        state_kernel[(grid,)](
+            k, v, states, start, final, problem.log_decay, problem.scale, problem.cu_seqlens,
+            *_strides(k), *_strides(v), k_tiles=k_tiles, v_tiles=v_tiles,
+            has_initial=int(initial is not None), wants_final=int(wants_final),
+            BLOCK_T=tile.block_t, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=FUSION, **shape,
+        )  # fmt: skip
+    return states, final
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -505,3 +525,83 @@ def _strides(x: torch.Tensor) -> list[int]:
 
 def _float32(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().contiguous()
+
+
+def step_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    state: torch.Tensor,
+    scale: float,
+    head_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (B, H, K), V = q.shape, v.shape[2]
+    factors = q.new_full((H,), scale, dtype=torch.float32) if head_scale is None else _float32(head_scale)
+    o, new_state = v.new_empty(v.shape), state.new_empty(state.shape, dtype=torch.float32)
+    if grid := B * H * triton.cdiv(V, STEP.block_v):
+        step_kernel[(grid,)](
+            q.contiguous(), k.contiguous(), v.contiguous(), _float32(state), o, new_state, _float32(log_decay), factors,
+            H, K, V, BLOCK_K=STEP.block_k, BLOCK_V=STEP.block_v, num_warps=STEP.num_warps, num_stages=STEP.num_stages,
+            enable_fp_fusion=FUSION,
+        )  # fmt: skip
+    return o, new_state
+
+
+def configurations() -> list[Configuration]:
+    """Every specialisation that the ops of this folder launch."""
+    return [*_configurations(), *_step_configurations()]
+
+
+def _configurations() -> Iterator[Configuration]:
+    """bfloat16 and float16 differ in the type of the products alone, so that one is compiled for every architecture."""
+
+    def tiled(name: str, tile: Tile, dtype: str, archs: tuple[int, ...]) -> Configuration:
+        types = dict.fromkeys(("q", "k", "v", "o", "r", "states"), dtype)
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_V": tile.block_v}
+        constexprs = blocks | {"WHOLE_K": dtype != "fp32"}
+        return _configuration(f"tile-{name}", tile_kernel, types, constexprs, tile.num_warps, tile.num_stages, archs)
+
+    newest = (*list(HALF)[1:], max(ARCHS) + 1)
+    for dtype in ("bf16", "fp16"):
+        for (oldest, table), until in zip(HALF.items(), newest, strict=True):
+            archs = tuple(a for a in ARCHS if oldest <= a < until and (dtype == "bf16" or a == 90))
+            for (k, v), tile in table.items():
+                yield tiled(f"{dtype}-sm{oldest}-{k}-{v}", tile, dtype, archs)
+    yield tiled("fp32", SINGLE, "fp32", ARCHS)
+    for dtype, block in (("bf16", HALF_STATE), ("fp16", HALF_STATE), ("fp32", SINGLE_STATE)):
+        types = dict.fromkeys(("k", "v", "states"), dtype)
+        blocks = {"BLOCK_T": block.block_t, "BLOCK_K": block.block_k, "BLOCK_V": block.block_v}
+        yield _configuration(f"state-{dtype}", state_kernel, types, blocks, block.num_warps, block.num_stages, ARCHS)
+
+
+def _step_configurations() -> Iterator[Configuration]:
+    for dtype in ("bf16", "fp16", "fp32"):
+        for odd in (False, True):
+            types, blocks = dict.fromkeys("qkvo", dtype), {"BLOCK_K": STEP.block_k, "BLOCK_V": STEP.block_v}
+            name = f"step-{dtype}{'-odd' if odd else ''}"
+            aligned = () if odd else ("V",)
+            yield _configuration(name, step_kernel, types, blocks, STEP.num_warps, STEP.num_stages, ARCHS, aligned)
+
+
+def _configuration(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    archs: tuple[int, ...],
+    aligned: tuple[str, ...] = (),
+) -> Configuration:
+    """`types` of the tensors that are neither float32 nor the borders; numbers have capitals or are in the lists."""
+    numbers = {*_TILE_SIZES, *_STATE_SIZES, "K", "V"}
+    signature = {
+        a: "i32" if a in numbers else "*i32" if a == "cu_seqlens" else f"*{types.get(a, 'fp32')}"
+        for a in kernel.arg_names
+        if a not in constexprs
+    }
+    addresses = tuple(a for a, t in signature.items() if t.startswith("*"))
+    return Configuration(
+        name, kernel, signature, constexprs, (*addresses, *aligned), num_warps, num_stages, FUSION, archs
+    )
