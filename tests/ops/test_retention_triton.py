@@ -75,7 +75,7 @@ def test_many_sequences() -> None:
 @interpreted
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tiles_that_are_skipped_would_add_nothing(direction: str) -> None:
-    """gamma^distance is below 2^-24 after 24 of 260 rows, and after one: most tiles are skipped. No NaN at gamma = 0."""
+    """gamma^distance falls below 2^-24 after 24 of 260 rows, at gamma = 0 after none: most tiles are skipped."""
     args = inputs(260, gammas=(0.5, 0.0))
     got = assert_right(args, direction=direction, chunk_size=260)
     assert all(x.isfinite().all() for x in got)
