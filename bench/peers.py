@@ -43,6 +43,25 @@ def mamba_selective_scan(*args, direction="forward", cu_seqlens=None, **kwargs):
     return selective_scan_fn(*args, **kwargs)
 
 
+def fla_retention(q, k, v, log_decay, *, scale=None, direction="bidirectional", cu_seqlens=None, **states):
+    """What chunk_retention calls, which itself knows one set of decays; both directions are two passes."""
+    if any(states.values()) or isinstance(scale, torch.Tensor) or direction == "backward":
+        raise NotImplementedError("chunk_simple_gla: one scale, here without states")
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def causal(q, k, v, borders):
+        return chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=scale, cu_seqlens=borders)[0]
+
+    borders = None if cu_seqlens is None else cu_seqlens.long()
+    o = causal(q, k, v, borders)
+    if direction == "forward":
+        return o
+    flipped = None if borders is None else q.shape[1] - borders.flip(0)
+    back = causal(q.flip(1), k.flip(1), v.flip(1), flipped).flip(1)
+    diagonal = (q * k).sum(-1, keepdim=True) * (q.shape[-1] ** -0.5 if scale is None else scale) * v
+    return o + back - diagonal
+
+
 def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_loss=0.0, reduction="mean"):
     if z_loss:
         raise NotImplementedError("F.cross_entropy has no z loss")
@@ -55,5 +74,6 @@ PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
     "causal_conv1d": {"torch": torch_conv1d, "causal-conv1d": dao_causal_conv1d},
     "layer_norm": {"torch": torch_layer_norm},
     "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
+    "retention": {"flash-linear-attention": fla_retention},
     "selective_scan": {"mamba-ssm": mamba_selective_scan},
 }

@@ -28,6 +28,7 @@ class Case:
     through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded
         to the dtype under test, such as operands of a half-precision matrix product.
     elements: input and output elements that must cross memory once (bytes = elements × item size).
+    large: for the bench on a GPU alone; a comparison with float64 on the CPU would take minutes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     small: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
     bench: bool = False
+    large: bool = False
     scales: dict[str, float] = field(default_factory=dict)
     through_half: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
@@ -60,10 +62,10 @@ class Case:
         return out
 
 
-def cases(name: str) -> list[Case]:
+def cases(name: str, *, large: bool = False) -> list[Case]:
     """The cases of one op: CASES in its folder's cases.py, a dict by op name where a folder holds several ops."""
     found = importlib.import_module(f"{OPS[name].package}.cases").CASES
-    return found[name] if isinstance(found, dict) else found
+    return [c for c in (found[name] if isinstance(found, dict) else found) if large or not c.large]
 
 
 def widened(inputs: Inputs) -> Inputs:

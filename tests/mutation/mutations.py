@@ -27,6 +27,9 @@ def backend(name: str, op: str) -> str:
 INTERPRETED = (
     "TRITON_INTERPRET=1 tests/ops/test_all_ops.py tests/ops/test_pointwise_norm_triton.py -k 'triton and (dyt or derf)'"
 )
+INTERPRETED_RETENTION = (
+    "TRITON_INTERPRET=1 tests/ops/test_retention_triton.py tests/ops/test_all_ops.py -k 'triton and retention'"
+)
 EMULATED = "tests/ops/test_cuda.py -k 'against_float64 or many_blocks or relative_accuracy'"
 
 REFERENCES = [
@@ -205,6 +208,28 @@ TRITON = [
         ("dalpha += slope * v", "dalpha += slope"),
         ("tl.store(out + D, tl.sum(dbias", "tl.store(out + D, tl.sum(dweight"),
         ("(row < rows)[:, None]", "(row < rows - 1)[:, None]"),
+    ),
+    *of(
+        "ultra_kernels/retention/triton_kernels.py",
+        INTERPRETED_RETENTION,
+        ("border // SIZE + s <= slot", "border // SIZE + s < slot"),
+        ("* 1.4426950408889634", "* 1.4426"),
+        ("n - c0 + 1, c1 - 1 - n", "n - c0, c1 - 1 - n"),
+        ("n - c0 + 1, c1 - 1 - n", "n - c0 + 1, c1 - n"),
+        ("acc = acc / _state_unit(g, T)", "acc = acc"),
+        ("(gap <= 0) & (right", "(gap < 0) & (right"),
+        ("24.0 / tl.maximum", "4.0 / tl.maximum"),
+        ("(BLOCK_M - 1 - a).to", "(BLOCK_M - a).to"),
+        ("total = tl.sum(tl.sum(acc", "total = tl.sum(tl.sum(factor * acc"),
+        ("(place == per_chunk - 1) | (i == 0)", "place == per_chunk - 1"),
+        ("m1 - m0 - 1 - j, j + 1", "m1 - m0 - 1 - j, j"),
+        ("* g) * factor\n", "* g)\n"),
+        ("s = gamma * tl.load", "s = tl.load"),
+    ),
+    *of(
+        "ultra_kernels/retention/op.py",
+        INTERPRETED_RETENTION,
+        ("dnew = grad_state + (", "dnew = grad_state - ("),
     ),
 ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -215,3 +217,21 @@ def test_errors_say_what_and_where() -> None:
         retention(q, k[:, 1:], v, decay)
     with pytest.raises(ValueError, match="retention_step: state has shape"):
         retention_step(q[:, 0], k[:, 0], v[:, 0], decay, torch.zeros(2, 3, 5, 4))
+
+
+@pytest.mark.parametrize("cu", [None, (0, 3, 3, 11)])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+def test_the_peer_computes_the_same(direction: str, cu, bench_module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two causal passes, one over the flipped rows, less the diagonal that both have; a stand-in does the passes."""
+
+    def chunk_simple_gla(q, k, v, *, g_gamma, scale, cu_seqlens):
+        return retention(q, k, v, g_gamma, scale=scale, direction="forward", cu_seqlens=cu_seqlens), None
+
+    package = types.SimpleNamespace(chunk_simple_gla=chunk_simple_gla)
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", package)
+    q, k, v, decay = inputs(B=1, T=11)
+    options = {"direction": direction, "cu_seqlens": None if cu is None else torch.tensor(cu, dtype=torch.int32)}
+    peer = bench_module("peers").PEERS["retention"]["flash-linear-attention"]
+    torch.testing.assert_close(peer(q, k, v, decay, **options), retention(q, k, v, decay, **options))
+    with pytest.raises(NotImplementedError, match="without states"):
+        peer(q, k, v, decay, output_final_state=True)

@@ -136,6 +136,26 @@ def test_same_bits_on_every_run() -> None:
         assert torch.equal(a, b)
 
 
+# ---- on a GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("K", "V"), [(32, 32), (64, 64), (60, 100), (100, 60), (128, 128), (96, 192), (256, 256)])
+@pytest.mark.parametrize(("T", "chunk"), [(1, None), (63, None), (500, None), (127, 1), (500, 128), (1000, 256)])
+def test_every_tile_gpu(T: int, chunk: int | None, K: int, V: int, dtype: torch.dtype) -> None:
+    """Each tile in both forms, at lengths around those of tiles and chunks."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, k, v, decay = inputs(T, K, V, B=2, gammas=(0.9, 511 / 512, 1.0), dtype=dtype)
+    args = (q.cuda(), k.cuda(), v.cuda(), decay.cuda())
+    for direction in DIRECTIONS:
+        assert_right(args, direction=direction, chunk_size=chunk)
+    args = (*(x[:1] for x in args[:3]), decay.cuda())
+    borders = torch.tensor([b for b in (0, 0, 15, 100, 300) if b < T] + [T, T], dtype=torch.int32, device="cuda")
+    assert_right(args, cu_seqlens=borders, chunk_size=chunk)
+
+
 # ---- without running ------------------------------------------------------------------------------------------
 
 

@@ -31,9 +31,13 @@ def _case(
     state: bool = False,
     strided: bool = False,
     bench: bool = False,
+    large: bool = False,
 ) -> None:
     def make(g: torch.Generator) -> Inputs:
         def randn(*shape: int) -> torch.Tensor:
+            if large:  # one head's numbers for all: float64 of every head is gigabytes
+                B, T, H, K = shape
+                return torch.randn(B, T, 1, K, generator=g, dtype=torch.float64).expand(B, T, H, K)
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
         inputs: Inputs = {"q": randn(B, T, H, K), "k": randn(B, T, H, K), "v": randn(B, T, H, V)}
@@ -64,6 +68,7 @@ def _case(
             constant=("log_decay",),
             through_half=("out1", "dscale", "dinitial_state"),  # scores and decayed keys are operands of products
             bench=bench,
+            large=large,
         )
     )
 
@@ -107,6 +112,8 @@ _case("T70-K60-V100-forward", 1, 70, 1, 60, 100, direction="forward", state=True
 _case("T130-K96-V192", 1, 130, 1, 96, 192)
 _case("mini-16x128", 1, 2048, 6, 64, 64, cu=tuple(range(0, 2049, 128)), bench=True)
 _case("standard-T2048", 1, 2048, 12, 64, 64, bench=True)
+_case("T512-K128-V256", 128, 512, 16, 128, 256, bench=True, large=True)
+_case("T2048-K128-V256", 32, 2048, 16, 128, 256, bench=True, large=True)
 
 _step("smallest", 1, 1, 1, 1)
 _step("B3", 3, 4, 8, 5)
