@@ -5,11 +5,13 @@
 #include "common/simd_test.h"
 #include "derf/derf.h"
 #include "dyt/dyt.h"
+#include "retention/retention.h"
 #include "selective_scan/selective_scan.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -97,6 +99,20 @@ ultra::ConvProblem conv_problem(const Ints& sizes, const Ints& x, Address weight
             checked_borders(cu_seqlens, num_seqs, sizes[2]), num_seqs, silu};
 }
 
+ultra::HeadRows head_rows(const Ints& v) { return {ptr<char>(v[0]), v[1], v[2], v[3], static_cast<int>(v[4])}; }
+
+struct RetentionProblem : ultra::RetentionProblem {
+    RetentionProblem(Ints sizes, Ints q, Ints k, Ints v, Address log_decay, Address scale, Address cu_seqlens,
+                     int64_t num_seqs, bool left, bool right, Address initial) {
+        batch = sizes[0], length = sizes[1], heads = sizes[2], K = sizes[3], V = sizes[4];
+        chunk = sizes[5] ? std::min(sizes[5], ultra::kRetentionMaxChunk) : ultra::kRetentionChunk;
+        this->q = head_rows(q), this->k = head_rows(k), this->v = head_rows(v);
+        this->log_decay = fin(log_decay), this->scale = fin(scale);
+        borders = checked_borders(cu_seqlens, num_seqs, length), sequences = borders ? num_seqs : batch;
+        this->left = left, this->right = right, this->initial = fin(initial);
+    }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -136,6 +152,29 @@ PYBIND11_MODULE(_C, m) {
                              int threads) {
         ULTRA_PICK(dyt_backward)(in(dy), in(x), alpha, fin(weight), out(dx), fout(dalpha), fout(dweight), fout(dbias),
                                  fout(scratch), rows, D, dtype, threads);
+    }, Nogil());
+
+    py::class_<RetentionProblem>(m, "RetentionProblem")
+        .def(py::init<Ints, Ints, Ints, Ints, Address, Address, Address, int64_t, bool, bool, Address>());
+    m.def("retention_forward_scratch", [](const RetentionProblem& p) {
+        return ULTRA_PICK(retention_forward_scratch)(p);
+    });
+    m.def("retention_backward_scratch", [](const RetentionProblem& p) {
+        return ULTRA_PICK(retention_backward_scratch)(p);
+    });
+    m.def("retention_forward", [](const RetentionProblem& p, const Ints& o, Address last, Address scratch,
+                                  int threads) {
+        ULTRA_PICK(retention_forward)(p, head_rows(o), fout(last), fout(scratch), threads);
+    }, Nogil());
+    m.def("retention_backward", [](const RetentionProblem& p, const Ints& dout, const Ints& dq, const Ints& dk,
+                                   const Ints& dv, Address dlast, Address dinitial, Address dscale, Address scratch,
+                                   int threads) {
+        ultra::RetentionGradients g{head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv), fin(dlast),
+                                    fout(dinitial), fout(dscale)};
+        ULTRA_PICK(retention_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+    m.def("retention_step", [](const RetentionProblem& p, Address state, Address next, const Ints& o, int threads) {
+        ULTRA_PICK(retention_step)(p, fin(state), fout(next), head_rows(o), threads);
     }, Nogil());
 
     m.attr("scan_segment") = ultra::kScanSegment;

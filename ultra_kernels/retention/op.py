@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
 
+from .. import _native
 from .._dispatch import Op, autocast, define_differentiable, full_precision, triton_why_not
 from .._packed import check_cu_seqlens
 from . import reference
@@ -30,9 +32,15 @@ def triton_limits(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tenso
     return None
 
 
-_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("reference",)}
-OP = Op("retention", __package__, _ORDER, {"triton": triton_limits})
-STEP = Op("retention_step", __package__, _ORDER, {"triton": triton_limits})
+def native_why_not(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> str | None:
+    """The reasons of _native.why_not, for all three tensors that the C++ reads in place."""
+    return next((why for x in (q, k, v) if x is not None and (why := _native.why_not(x)) is not None), None)
+
+
+_ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+_WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": triton_limits, "native": native_why_not}
+OP = Op("retention", __package__, _ORDER, _WHY_NOT)
+STEP = Op("retention_step", __package__, _ORDER, _WHY_NOT)
 
 
 @overload
