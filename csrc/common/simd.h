@@ -25,7 +25,7 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 struct BF16 { uint16_t bits; };
 struct FP16 { uint16_t bits; };
 
-static inline vf splat(float x) { return vf{} + x; }
+static inline vf splat(float x) { return x - vf{}; }  // x + 0 is another number for -0, and costs an addition
 static inline vf as_float(vi x) { return (vf)x; }
 static inline vi as_int(vf x) { return (vi)x; }
 static inline vf select(vi mask, vf a, vf b) { return as_float((mask & as_int(a)) | (~mask & as_int(b))); }
