@@ -5,6 +5,7 @@ A peer raises ImportError where its package is missing and NotImplementedError f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,26 @@ def fla_retention(q, k, v, log_decay, *, scale=None, direction="bidirectional", 
     return o + back - diagonal
 
 
+@functools.lru_cache(maxsize=2)
+def _decay_by_distance(T, log_decay, device):
+    t = torch.arange(T, device=device)
+    return (torch.tensor(log_decay, device=device)[:, None, None] * (t[:, None] - t).abs()).exp()
+
+
+def eager_retention(q, k, v, log_decay, *, scale=None, direction="bidirectional", cu_seqlens=None, **states):
+    """The scores as one matrix [H,T,T]; the decay is made once, not in every call."""
+    if (
+        any(states.values())
+        or direction != "bidirectional"
+        or cu_seqlens is not None
+        or isinstance(scale, torch.Tensor)
+    ):
+        raise NotImplementedError("eager retention: dense rows in both directions")
+    decay = _decay_by_distance(q.shape[1], tuple(log_decay.tolist()), q.device).to(q.dtype)
+    scores = torch.einsum("bnhk,bmhk->bhnm", q, k) * (decay * (q.shape[3] ** -0.5 if scale is None else scale))
+    return torch.einsum("bhnm,bmhv->bnhv", scores, v)
+
+
 def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_loss=0.0, reduction="mean"):
     if z_loss:
         raise NotImplementedError("F.cross_entropy has no z loss")
@@ -74,6 +95,6 @@ PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
     "causal_conv1d": {"torch": torch_conv1d, "causal-conv1d": dao_causal_conv1d},
     "layer_norm": {"torch": torch_layer_norm},
     "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
-    "retention": {"flash-linear-attention": fla_retention},
+    "retention": {"flash-linear-attention": fla_retention, "torch-eager": eager_retention},
     "selective_scan": {"mamba-ssm": mamba_selective_scan},
 }

@@ -111,6 +111,7 @@ _case("equal-packed-backward", 1, 48, 2, 8, 8, direction="backward", cu=(0, 16, 
 _case("T70-K60-V100-forward", 1, 70, 1, 60, 100, direction="forward", state=True)
 _case("T130-K96-V192", 1, 130, 1, 96, 192)
 _case("mini-16x128", 1, 2048, 6, 64, 64, cu=tuple(range(0, 2049, 128)), bench=True)
+_case("standard-T512", 1, 512, 12, 64, 64, bench=True)
 _case("standard-T2048", 1, 2048, 12, 64, 64, bench=True)
 _case("T512-K128-V256", 128, 512, 16, 128, 256, bench=True, large=True)
 _case("T2048-K128-V256", 32, 2048, 16, 128, 256, bench=True, large=True)

@@ -76,9 +76,7 @@ def step_forward(
     new_state = torch.empty_like(state)
     q, k, v = (x[:, None] for x in (q, k, v))  # a sequence of one token
     problem, keep = _problem(q, k, v, log_decay, scale, head_scale, "forward", None, None, None)
-    load().retention_step(
-        problem, state.data_ptr(), new_state.data_ptr(), _rows(o[:, None]), torch.get_num_threads()
-    )
+    load().retention_step(problem, state.data_ptr(), new_state.data_ptr(), _rows(o[:, None]), torch.get_num_threads())
     return o, new_state
 
 
