@@ -19,7 +19,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 1;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 2;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 

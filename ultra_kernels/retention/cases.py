@@ -17,6 +17,11 @@ def _log_decay(H: int) -> torch.Tensor:
     return torch.where(torch.arange(H) == H - 1, 0.0, decay) if H > 2 else decay
 
 
+def _flops(T: int, K: int, V: int, C: int = 64) -> int:
+    """Of one head in both directions: all scores, or chunks of C with two states, whichever is less."""
+    return min(2 * T * T * (K + V), T * (2 * C * (K + V) + 8 * K * V))
+
+
 def _case(
     name: str,
     B: int,
@@ -63,7 +68,7 @@ def _case(
             make=make,
             reduction=max(lengths) * max(K, V) * (B * T if scale == "heads" else 1),
             elements=B * T * H * (2 * K + 2 * V),
-            flops=2 * H * sum(n * n for n in lengths) * (K + V),
+            flops=H * sum(_flops(n, K, V) for n in lengths),
             small=("log_decay", "scale", "initial_state"),
             constant=("log_decay",),
             through_half=("out1", "dscale", "dinitial_state"),  # scores and decayed keys are operands of products

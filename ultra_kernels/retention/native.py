@@ -23,7 +23,7 @@ def forward(
     """(o, the final state, or an empty tensor where nobody asked for it)."""
     C_ = load()
     o = torch.empty(v.shape, dtype=q.dtype)
-    problem, keep = _problem(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, chunk)
+    problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, chunk)
     shape = (*_heads(q, cu_seqlens), q.shape[-1], v.shape[-1])
     last = torch.empty(shape if output_final_state else 0, dtype=torch.float32)
     threads = torch.get_num_threads()
@@ -49,7 +49,7 @@ def backward(
     """Gradients of q, k, v, and in float32 of head_scale and initial_state, empty where there is no such input."""
     C_ = load()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    problem, keep = _problem(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, chunk)
+    problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, chunk)
     grad = _contiguous_rows(grad)
     grad_final = None if grad_final is None else grad_final.float().contiguous()
     dinitial = torch.empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
@@ -75,7 +75,7 @@ def step_forward(
     o, state = torch.empty(v.shape, dtype=q.dtype), state.float().contiguous()
     new_state = torch.empty_like(state)
     q, k, v = (x[:, None] for x in (q, k, v))  # a sequence of one token
-    problem, keep = _problem(q, k, v, log_decay, scale, head_scale, "forward", None, None, None)
+    problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, "forward", None, None, None)
     load().retention_step(problem, state.data_ptr(), new_state.data_ptr(), _rows(o[:, None]), torch.get_num_threads())
     return o, new_state
 

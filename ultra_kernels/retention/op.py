@@ -97,7 +97,8 @@ def retention(
     or a tensor `[H]`. With cu_seqlens int32 `[num_seqs + 1]`, B is 1 and the sequences lie end to end along T.
     Forward only: initial_state `[num_seqs,H,K,V]` is S_0 in S_n = gamma S_{n-1} + k_n v_n^T, o_n = scale · q_n^T S_n,
     and output_final_state returns (o, S_T), float32 or wider. o has q's dtype. chunk_size asks for
-    the chunkwise form with chunks of that length, None chooses by cost; the result differs in rounding alone.
+    the chunkwise form with chunks of that length (of 128 at most in C++), None chooses by cost; the result differs in
+    rounding alone.
     Raises ValueError, BackendUnavailable. After Sun et al. 2023 (arXiv:2307.08621).
     """
     if direction not in ("forward", "backward", "bidirectional"):
