@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from . import _native
 from ._native import DTYPES as DTYPES
 from ._version import __version__
 
-ABI = 1  # kAbi of csrc/common/library_cuda.cu
+ABI = 2  # kAbi of csrc/common/library_cuda.cu
 _proven: dict[int, tuple[str, str] | None] = {}
 
 
@@ -88,21 +88,35 @@ def why_not(tensor: torch.Tensor, *args: object) -> str | None:
     return reason
 
 
-def launch(name: str, *args: torch.Tensor | int | float) -> None:
-    """Queues function `name` of the library on the GPU of the first argument, a tensor, and on torch's current stream.
+class Struct:
+    """The fields of a C++ struct, 8 bytes each: tensors as addresses, None as null, nested tuples in order."""
 
-    Contiguous tensors go as addresses, int as int64_t, float as float; the stream is added last. Raises ValueError when
-    the tensors are not on one device, RuntimeError with CUDA's words when the launch fails.
+    def __init__(self, *fields: Any) -> None:
+        values = list(_leaves(fields))
+        self.tensors = [v for v in values if isinstance(v, torch.Tensor)]  # alive while the kernels are queued
+        self.array = (ctypes.c_int64 * len(values))(
+            *(v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values)
+        )
+
+
+def view(t: torch.Tensor | None) -> tuple[Any, ...]:
+    """A [B,D,L] tensor of any strides as fields of csrc/common/view.h: address, three strides, dtype."""
+    return (None, 0, 0, 0, 0) if t is None else (t, *t.stride(), DTYPES[t.dtype])
+
+
+def launch(name: str, *args: torch.Tensor | Struct | int | float) -> None:
+    """Queues function `name` of the library on the GPU of the first tensor and on torch's current stream.
+
+    Contiguous tensors go as addresses, a Struct as its address, int as int64_t, float as float; the stream is added
+    last. Raises ValueError when the tensors are not on one device, RuntimeError with CUDA's words if the launch fails.
     """
-    index = args[0].get_device()  # type: ignore[union-attr]
-    values: list[Any] = []
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            if value.get_device() != index:
-                devices = f"{args[0].device}, another on {value.device}"  # type: ignore[union-attr]
-                raise ValueError(f"{name}: the first tensor is on {devices}; all must be on one GPU")
-            value = value.data_ptr()
-        values.append(value)
+    tensors = [t for a in args for t in (a.tensors if isinstance(a, Struct) else [a]) if isinstance(t, torch.Tensor)]
+    index = tensors[0].get_device()
+    for t in tensors:
+        if t.get_device() != index:
+            devices = f"{tensors[0].device}, another on {t.device}"
+            raise ValueError(f"{name}: the first tensor is on {devices}; all must be on one GPU")
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a.array if isinstance(a, Struct) else a for a in args]
     function = _function(name, tuple(map(type, args)))
     with torch.cuda.device(index):
         code = function(*values, torch._C._cuda_getCurrentRawStream(index))
@@ -175,6 +189,14 @@ def _function(name: str, types: tuple[type, ...]) -> Callable[..., int]:
     function = load()[name]  # a new object each time, so that two signatures of one name do not mix
     function.argtypes = [*(_C_TYPES.get(t, ctypes.c_void_p) for t in types), ctypes.c_void_p]
     return function
+
+
+def _leaves(fields: Iterable[Any]) -> Iterator[Any]:
+    for field in fields:
+        if isinstance(field, tuple):
+            yield from _leaves(field)
+        else:
+            yield field
 
 
 def _text(function: Any, *args: int) -> str:

@@ -23,7 +23,7 @@ constexpr int kSuccess = cudaSuccess;
 constexpr int kWarp = 32;
 constexpr int kMaxGridY = 65535;  // of gridDim.y and gridDim.z; gridDim.x goes to 2^31 - 1
 
-template <typename I> constexpr I ceil_div(I a, I b) { return (a + b - 1) / b; }
+template <typename I> __host__ __device__ constexpr I ceil_div(I a, I b) { return (a + b - 1) / b; }
 
 // ---- vectors ------------------------------------------------------------------------------------------------------
 constexpr int kVectorBytes = 16;  // the widest load that sm_80 and sm_90 have
@@ -142,16 +142,37 @@ template <int Warps> __device__ inline float block_sum(float x, float* shared) {
 }
 
 // ---- launches -----------------------------------------------------------------------------------------------------
-// Queues a kernel on `stream` and returns kSuccess or the error's code, which it clears.
+// The shared memory that a launch asked for, aligned to kVectorBytes.
+__device__ inline float* dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ uint4 dynamic_shared_words[];
+    return reinterpret_cast<float*>(dynamic_shared_words);
+#else
+    return reinterpret_cast<float*>(emulation::shared.data());
+#endif
+}
+
+// Queues a kernel on `stream`, with `shared_bytes` of dynamic shared memory, and returns kSuccess or the error's code,
+// which it clears. Up to 99 KiB of it fit every GPU that the library serves.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, Arguments... arguments) {
+int launch_shared(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, void* stream,
+                  Arguments... arguments) {
+    constexpr int64_t kUnasked = 48 << 10;  // more has to be asked for
+    int code = kSuccess;
+    if (shared_bytes > kUnasked)
+        code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    int code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (code == kSuccess) code = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (code != kSuccess) cudaGetLastError();
     return code;
+}
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, Arguments... arguments) {
+    return launch_shared(kernel, grid, threads, 0, stream, arguments...);
 }
 
 }  // namespace ultra

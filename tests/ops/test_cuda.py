@@ -7,6 +7,7 @@ by a hash of the sources.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -173,14 +174,29 @@ def test_relative_accuracy_from_tiny_to_large(function, truth, gpu):
 def test_opcheck_and_compile(name, gpu, monkeypatch):
     """torch's audit of the registration, and a trace without a graph break, with backend "cuda"."""
     case = min(cases(name), key=lambda c: c.elements)
-    inputs = {k: v for k, v in case.inputs(torch.float32).items() if isinstance(v, torch.Tensor)}
-    op = getattr(torch.ops.ultra_kernels, name).default
-    torch.library.opcheck(op, (*(t.detach().clone().requires_grad_() for t in inputs.values()), "cuda"))
-    function = getattr(ultra_kernels, name)
-    compiled = torch.compile(lambda kw: function(**kw, backend="cuda"), fullgraph=True, backend="aot_eager")
-    leaves = list(inputs.values())
-    eager = torch.autograd.grad(function(**inputs, backend="cuda").square().sum(), leaves)
-    for a, b in zip(eager, torch.autograd.grad(compiled(inputs).square().sum(), leaves), strict=True):
+    inputs, function = case.inputs(torch.float32), functools.partial(getattr(ultra_kernels, name), backend="cuda")
+    calls: list[tuple] = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "ultra_kernels":
+                calls.append((op, args))
+            return op(*args, **(kwargs or {}))
+
+    with Spy():
+        function(**inputs)
+    for op, args in calls:
+        fresh = (a.detach().clone().requires_grad_(a.is_floating_point()) if torch.is_tensor(a) else a for a in args)
+        torch.library.opcheck(op, tuple(fresh))
+    leaves = [v for v in inputs.values() if torch.is_tensor(v) and v.requires_grad]
+
+    def loss(kw: dict) -> torch.Tensor:
+        out = function(**kw)
+        return out[0].square().sum() + out[1].square().sum() if isinstance(out, tuple) else out.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(loss(inputs), leaves)
+    for a, b in zip(eager, torch.autograd.grad(compiled(inputs), leaves), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -208,7 +224,7 @@ def test_tensors_on_two_devices_are_refused():
 def test_another_version_or_abi_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(_cuda, "ABI", 0)
     _cuda.load.cache_clear()
-    assert "ABI 1; need" in str(_cuda.missing())
+    assert "ABI 2; need" in str(_cuda.missing())
     with pytest.raises(_cuda.CudaUnavailable, match=r"need .*, ABI 0"):
         _cuda.load()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _native
+from .. import _cuda, _native
 from .._dispatch import Op, define_differentiable
 from ..selective_scan.op import check_cu_seqlens, dense_like
 from . import reference
@@ -12,8 +12,8 @@ from . import reference
 OP = Op(
     "causal_conv1d",
     __package__,
-    {"cuda": ("reference",), "cpu": ("native", "reference")},
-    {"native": _native.why_not},
+    {"cuda": ("cuda", "reference"), "cpu": ("native", "reference")},
+    {"cuda": _cuda.why_not, "native": _native.why_not},
 )
 
 
