@@ -245,7 +245,7 @@ TRITON = [
         ("(gap <= 0) & (right", "(gap < 0) & (right"),
         ("24.0 / tl.maximum", "4.0 / tl.maximum"),
         ("(BLOCK_M - 1 - a).to", "(BLOCK_M - a).to"),
-        ("total = tl.sum(tl.sum(acc", "total = tl.sum(tl.sum(factor * acc"),
+        ("total = tl.sum(tl.ravel(acc", "total = tl.sum(tl.ravel(factor * acc"),
         ("(place == per_chunk - 1) | (i == 0)", "place == per_chunk - 1"),
         ("m1 - m0 - 1 - j, j + 1", "m1 - m0 - 1 - j, j"),
         ("* g) * factor\n", "* g)\n"),

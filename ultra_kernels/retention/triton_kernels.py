@@ -203,7 +203,8 @@ def tile_kernel(
 
     if wants_dscale != 0:
         r_tile = _load(_rows(r, batch, h, n, r_batch, r_row, r_head), n_ok, e, V)
-        total = tl.sum(tl.sum(acc * r_tile.to(tl.float32), axis=0), axis=0)
+        # flattened: Triton 3.6 cannot reduce a tile of sm_100's tensor memory along an axis
+        total = tl.sum(tl.ravel(acc * r_tile.to(tl.float32)), axis=0)
         tl.store(dscale + (h.to(tl.int64) * slots + slot) * v_tiles + v_tile, total)
     acc = acc * tl.where(scale_first != 0, 1.0, factor)
     o_rows = o + ((batch * T.to(tl.int64) + n) * H + h) * V
