@@ -319,12 +319,11 @@ class StateTile(NamedTuple):
 # (width that scores sum over, width of the output), up to which a half-precision tile serves.
 WIDTHS = ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (256, 128))
 # By architecture, the oldest that a tile is for; not timed on a GPU yet. sm_80 spills at 128 rows, and at 64 keys for
-# (64, 64).
+# small heads.
 HALF = {
-    80: {(k, v): Tile(64, 64, k, v, 4 if k == 32 else 8, 2) for k, v in WIDTHS},
+    80: {(k, v): Tile(64, 32, k, v, 4, 2) if k + v <= 128 else Tile(64, 64, k, v, 8, 2) for k, v in WIDTHS},
     90: {(k, v): Tile(128, 64, k, v, 4 if k == 32 else 8, 2) for k, v in WIDTHS},
 }
-HALF[80][64, 64] = Tile(64, 32, 64, 64, 4, 2)
 # Float32 products run on the plain units, which hold the operands of a whole block in registers.
 SINGLE = Tile(64, 32, 16, 64, 8, 1)
 HALF_STATE = StateTile(64, 64, 64, 4, 2)
@@ -550,13 +549,18 @@ def step_forward(
 
 
 def configurations() -> list[Configuration]:
-    """Every specialisation that the ops of this folder launch."""
+    """Every specialisation that the ops of this folder launch.
+
+    bfloat16 and float16 differ in the type of the products alone, so that one is compiled for every architecture.
+    """
     return [*_configurations(), *_step_configurations()]
 
 
-def _configurations() -> Iterator[Configuration]:
-    """bfloat16 and float16 differ in the type of the products alone, so that one is compiled for every architecture."""
+def _compiled(dtype: str) -> tuple[int, ...]:
+    return (90,) if dtype == "fp16" else ARCHS
 
+
+def _configurations() -> Iterator[Configuration]:
     def tiled(name: str, tile: Tile, dtype: str, archs: tuple[int, ...]) -> Configuration:
         types = dict.fromkeys(("q", "k", "v", "o", "r", "states"), dtype)
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_V": tile.block_v}
@@ -566,14 +570,16 @@ def _configurations() -> Iterator[Configuration]:
     newest = (*list(HALF)[1:], max(ARCHS) + 1)
     for dtype in ("bf16", "fp16"):
         for (oldest, table), until in zip(HALF.items(), newest, strict=True):
-            archs = tuple(a for a in ARCHS if oldest <= a < until and (dtype == "bf16" or a == 90))
+            archs = tuple(a for a in ARCHS if oldest <= a < until and a in _compiled(dtype))
             for (k, v), tile in table.items():
                 yield tiled(f"{dtype}-sm{oldest}-{k}-{v}", tile, dtype, archs)
     yield tiled("fp32", SINGLE, "fp32", ARCHS)
     for dtype, block in (("bf16", HALF_STATE), ("fp16", HALF_STATE), ("fp32", SINGLE_STATE)):
         types = dict.fromkeys(("k", "v", "states"), dtype)
         blocks = {"BLOCK_T": block.block_t, "BLOCK_K": block.block_k, "BLOCK_V": block.block_v}
-        yield _configuration(f"state-{dtype}", state_kernel, types, blocks, block.num_warps, block.num_stages, ARCHS)
+        yield _configuration(
+            f"state-{dtype}", state_kernel, types, blocks, block.num_warps, block.num_stages, _compiled(dtype)
+        )
 
 
 def _step_configurations() -> Iterator[Configuration]:
@@ -582,7 +588,9 @@ def _step_configurations() -> Iterator[Configuration]:
             types, blocks = dict.fromkeys("qkvo", dtype), {"BLOCK_K": STEP.block_k, "BLOCK_V": STEP.block_v}
             name = f"step-{dtype}{'-odd' if odd else ''}"
             aligned = () if odd else ("V",)
-            yield _configuration(name, step_kernel, types, blocks, STEP.num_warps, STEP.num_stages, ARCHS, aligned)
+            yield _configuration(
+                name, step_kernel, types, blocks, STEP.num_warps, STEP.num_stages, _compiled(dtype), aligned
+            )
 
 
 def _configuration(
