@@ -270,7 +270,7 @@ static void add_queries(int64_t rows, const State& queries, const float* by_row,
     add_state(rows, m.v, State{m.turned, queries.width, queries.height, false}, by_row, m.dk);
 }
 
-// Sum over rows of q . dq / scale, with dq the gradient of the scaled query; the quotient is taken by the caller's dq.
+// Sum over all elements of a * b.
 static double inner_product(int64_t rows, int64_t width, const float* a, const float* b) {
     double total = 0.0;
     for (int64_t i = 0; i < rows; ++i) {

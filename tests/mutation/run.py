@@ -57,6 +57,8 @@ def verdict(tree: Path, m: Mutation) -> str:
         if compiled(m):
             build(tree)
         code = run_tests(tree, m.tests).returncode
+    except subprocess.CalledProcessError:
+        return "BROKEN (does not compile)"
     finally:
         path.write_text(text, encoding="utf-8")
     return {0: "SURVIVED", 1: "caught"}.get(code, f"BROKEN (pytest exited with {code})")

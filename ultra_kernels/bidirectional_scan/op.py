@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _native
 from .._dispatch import Op, define_differentiable
 from ..selective_scan.op import (
     GRADIENTS,
@@ -11,7 +12,6 @@ from ..selective_scan.op import (
     check_scan,
     dense_like,
     fake_gradients,
-    native_why_not,
     saved_states,
 )
 from . import reference
@@ -20,7 +20,7 @@ OP = Op(
     "bidirectional_scan",
     __package__,
     {"cuda": ("reference",), "cpu": ("native", "reference")},
-    {"native": native_why_not},
+    {"native": _native.why_not_all},
 )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from .._cuda import Struct, count, launch, view
 from ..selective_scan.op import dense_like
-from .reference import offset
+from .reference import ordered_taps
 
 
 def forward(
@@ -47,10 +47,7 @@ def backward(
 
 def _problem(x, y, dx, parts, weight, bias, activation, direction, cu_seqlens) -> Struct:  # type: ignore[no-untyped-def]
     """The C++ Convolution."""
-    (channels, width), taps = weight.shape, weight.float().t()
-    # The C++ walks the taps in the order of the positions that they read.
-    first = min(offset(0, width, direction), offset(width - 1, width, direction))
-    taps = (taps.flip(0) if direction == "backward" else taps).contiguous()
+    (channels, width), (first, taps) = weight.shape, ordered_taps(weight, direction)
     return Struct(
         x.shape[0], channels, x.shape[2], width, first, view(x), view(y), view(dx), taps,
         None if bias is None else bias.float().contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous(),

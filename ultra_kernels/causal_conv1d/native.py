@@ -6,7 +6,7 @@ import torch
 
 from .._native import address, load, view
 from ..selective_scan.op import dense_like
-from .reference import offset
+from .reference import ordered_taps
 
 
 def forward(
@@ -47,10 +47,7 @@ def backward(
 
 def _problem(x, weight, bias, activation, direction, cu_seqlens):  # type: ignore[no-untyped-def]
     """The leading arguments of the C++ functions, and the tensors that must outlive the call."""
-    (channels, width), rows = weight.shape, weight.float().t()
-    # The C++ walks the taps in the order of the positions that they read.
-    first = min(offset(0, width, direction), offset(width - 1, width, direction))
-    rows = (rows.flip(0) if direction == "backward" else rows).contiguous()
+    (channels, width), (first, rows) = weight.shape, ordered_taps(weight, direction)
     bias = None if bias is None else bias.float().contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     sizes = (x.shape[0], channels, x.shape[2], width, first)

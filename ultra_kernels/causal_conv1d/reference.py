@@ -29,6 +29,13 @@ def causal_conv1d(
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
+def ordered_taps(weight: torch.Tensor, direction: str) -> tuple[int, torch.Tensor]:
+    """The offset of the first position that is read, and float32 `[W,D]`, the taps in the order of the positions."""
+    width, rows = weight.shape[1], weight.float().t()
+    first = min(offset(0, width, direction), offset(width - 1, width, direction))
+    return first, (rows.flip(0) if direction == "backward" else rows).contiguous()
+
+
 def offset(j: int, width: int, direction: str) -> int:
     """Tap j of the output at t reads the input at t + offset."""
     if direction == "forward":

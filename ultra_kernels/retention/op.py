@@ -32,13 +32,8 @@ def triton_limits(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tenso
     return None
 
 
-def native_why_not(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> str | None:
-    """The reasons of _native.why_not, for all three tensors that the C++ reads in place."""
-    return next((why for x in (q, k, v) if x is not None and (why := _native.why_not(x)) is not None), None)
-
-
 _ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
-_WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": triton_limits, "native": native_why_not}
+_WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": triton_limits, "native": _native.why_not_all}
 OP = Op("retention", __package__, _ORDER, _WHY_NOT)
 STEP = Op("retention_step", __package__, _ORDER, _WHY_NOT)
 

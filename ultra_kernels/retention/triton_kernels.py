@@ -324,8 +324,9 @@ HALF = {
     80: {(k, v): Tile(64, 32, k, v, 4, 2) if k + v <= 128 else Tile(64, 64, k, v, 8, 2) for k, v in WIDTHS},
     90: {(k, v): Tile(128, 64, k, v, 4 if k == 32 else 8, 2) for k, v in WIDTHS},
 }
-# Float32 products run on the plain units, which hold the operands of a whole block in registers.
-SINGLE = Tile(64, 32, 16, 64, 8, 1)
+# Float32 products run on the plain units, which hold the operands of a whole block in registers: 64 rows spill with
+# Triton 3.6 on sm_80 and sm_90.
+SINGLE = Tile(32, 32, 16, 64, 8, 1)
 HALF_STATE = StateTile(64, 64, 64, 4, 2)
 SINGLE_STATE = StateTile(32, 32, 32, 4, 1)
 STEP = StateTile(1, 64, 64, 4, 1)

@@ -11,16 +11,11 @@ from . import reference
 SEGMENT = 64  # steps between two states saved for the backward pass; kScanSegment of csrc/selective_scan
 
 
-def native_why_not(*tensors: torch.Tensor | None) -> str | None:
-    """The reasons of _native.why_not for the tensors that the C++ reads in place: u, delta, z."""
-    return next((why for t in tensors if t is not None and (why := _native.why_not(t)) is not None), None)
-
-
 OP = Op(
     "selective_scan",
     __package__,
     {"cuda": ("reference",), "cpu": ("native", "reference")},
-    {"native": native_why_not},
+    {"native": _native.why_not_all},
 )
 
 
