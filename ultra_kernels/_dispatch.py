@@ -88,6 +88,15 @@ class Op:
         return "reference"
 
 
+def of_all(why_not: Callable[[torch.Tensor], str | None]) -> Callable[..., str | None]:
+    """`why_not` of an op whose kernels read all of its tensors in place: the first reason that one of them gives."""
+
+    def first_reason(*tensors: torch.Tensor | None) -> str | None:
+        return next((why for t in tensors if t is not None and (why := why_not(t)) is not None), None)
+
+    return first_reason
+
+
 def _log_once(op: str, backend: str, reason: str) -> None:
     if (op, backend, reason) not in _logged:
         _logged.add((op, backend, reason))

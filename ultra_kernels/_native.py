@@ -68,11 +68,6 @@ def why_not(tensor: torch.Tensor, *args: object) -> str | None:
     return reason
 
 
-def why_not_all(*tensors: torch.Tensor | None) -> str | None:
-    """why_not of an op whose C++ reads all of `tensors` in place: the first reason that one of them gives."""
-    return next((why for t in tensors if t is not None and (why := why_not(t)) is not None), None)
-
-
 def view(t: torch.Tensor | None) -> tuple[int, ...]:
     """A [B,D,L] tensor of any strides as csrc/common/view.h takes it: address, three strides, dtype; None: absent."""
     return (0, 0, 0, 0, 0) if t is None else (t.data_ptr(), *t.stride(), DTYPES[t.dtype])

@@ -45,9 +45,8 @@ __device__ inline void load_rows(float* tile, const View& v, const Place& at, in
                                  int reach) {
     const int64_t low = at.t - before, high = at.t + at.rows + after;
     const int64_t begin = low < 0 ? 0 : low, end = high < length ? high : length;
-    float* from = tile + (begin - (at.t - reach)) * kStride;
-    read(Window(v, at.b, at.d, begin, (int)(end - begin), at.channels), Team{(int)threadIdx.x, kThreads},
-         [=](int r, int c, float x) { from[r * kStride + c] = x; });
+    read<As::kValue, 4>(tile + (begin - (at.t - reach)) * kStride, kStride,
+         Window(v, at.b, at.d, begin, (int)(end - begin), at.channels), Team{(int)threadIdx.x, kThreads});
 }
 
 struct Taps {
@@ -99,8 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) convolve_tile(const Convolution p
         ys[r * kStride + c] = p.silu ? silu(y) : y;
     }
     __syncthreads();
-    write(Window(p.y, at.b, at.d, at.t, at.rows, at.channels), Team{(int)threadIdx.x, kThreads},
-          [=](int r, int c) { return ys[r * kStride + c]; });
+    write(ys, kStride, Window(p.y, at.b, at.d, at.t, at.rows, at.channels), Team{(int)threadIdx.x, kThreads});
 }
 
 constexpr int kReachedRows = kRows + 2 * kHalo;
@@ -114,7 +112,6 @@ __global__ void __launch_bounds__(kThreads, 2) convolve_tile_backward(const Conv
     float* const dxs = gs + kReachedRows * kStride;  // row 0 is t
     __shared__ Borders borders[kReachedRows];
     const Place at(p);
-    const Team all{(int)threadIdx.x, kThreads};
     const int reach = (int)p.width - 1, before = (int)-p.first, c = threadIdx.x % kChannels;
     const int lane = threadIdx.x / kChannels;
     load_rows(xs, p.x, at, p.length, reach, reach, reach);
@@ -143,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2) convolve_tile_backward(const Conv
         dxs[(r - reach) * kStride + c] = dx;
     }
     __syncthreads();  // dxs is whole, xs is free for the sums
-    write(Window(p.dx, at.b, at.d, at.t, at.rows, at.channels), all, [=](int r, int c) { return dxs[r * kStride + c]; });
+    write(dxs, kStride, Window(p.dx, at.b, at.d, at.t, at.rows, at.channels), Team{(int)threadIdx.x, kThreads});
     float* const sums = xs;  // [lane][tap, then bias][channel]
     constexpr int kSums = (kMaxWidth + 1) * kChannels;
 #pragma unroll

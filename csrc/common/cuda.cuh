@@ -120,6 +120,21 @@ __device__ inline float select_less(float a, float b, float yes, float no) {
 #endif
 }
 
+// x, of which the compiler knows nothing: what is made of it stays where it is written. Hoisted out of a loop, addresses
+// that a kernel needs once per turn would fill its registers.
+__device__ inline int opaque(int x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+__device__ inline int64_t opaque(int64_t x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+
 // ---- sums in a fixed order: the same bits on every run -------------------------------------------------------------
 __device__ inline float warp_sum(float x) {  // every lane gets it
 #pragma unroll

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 
 from .. import _native
-from .._dispatch import Op, autocast, define_differentiable, full_precision, triton_why_not
+from .._dispatch import Op, autocast, define_differentiable, full_precision, of_all, triton_why_not
 from .._packed import check_cu_seqlens
 from . import reference
 
@@ -33,7 +33,7 @@ def triton_limits(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tenso
 
 
 _ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
-_WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": triton_limits, "native": _native.why_not_all}
+_WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": triton_limits, "native": of_all(_native.why_not)}
 OP = Op("retention", __package__, _ORDER, _WHY_NOT)
 STEP = Op("retention_step", __package__, _ORDER, _WHY_NOT)
 

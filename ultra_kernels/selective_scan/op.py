@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import _native
-from .._dispatch import Op, define_differentiable
+from .. import _cuda, _native
+from .._dispatch import Op, define_differentiable, of_all
 from . import reference
 
 SEGMENT = 64  # steps between two states saved for the backward pass; kScanSegment of csrc/selective_scan
@@ -14,8 +14,8 @@ SEGMENT = 64  # steps between two states saved for the backward pass; kScanSegme
 OP = Op(
     "selective_scan",
     __package__,
-    {"cuda": ("reference",), "cpu": ("native", "reference")},
-    {"native": _native.why_not_all},
+    {"cuda": ("cuda", "reference"), "cpu": ("native", "reference")},
+    {"cuda": of_all(_cuda.why_not), "native": of_all(_native.why_not)},
 )
 
 
