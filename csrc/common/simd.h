@@ -5,6 +5,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace ultra {
 namespace ULTRA_ISA {
 
@@ -29,8 +33,25 @@ static inline vf splat(float x) { return x - vf{}; }  // x + 0 is another number
 static inline vf as_float(vi x) { return (vf)x; }
 static inline vi as_int(vf x) { return (vi)x; }
 static inline vf select(vi mask, vf a, vf b) { return as_float((mask & as_int(a)) | (~mask & as_int(b))); }
-static inline vf max(vf a, vf b) { return select(a > b, a, b); }
-static inline vf min(vf a, vf b) { return select(a < b, a, b); }
+// b where either is NaN, as the instructions have it.
+static inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+static inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select(a < b, a, b);
+#endif
+}
 static inline vf abs(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 // copysign(magnitude, sign)
 static inline vf with_sign(vf magnitude, vf sign) {

@@ -18,7 +18,7 @@ constexpr int64_t kVectors = kScanBlock / kLanes;
 constexpr int64_t kTile = (kScanSegment + 1) * kLanes;  // rows of one vector of channels
 constexpr int64_t kTiles = kVectors * kTile;            // of a block: one after the other
 // States per pass over a segment: their decay rates, states and adjoints stay in registers.
-constexpr int kForwardStates = kLanes == 16 ? 8 : 4;
+constexpr int kForwardStates = 8;
 constexpr int kBackwardStates = 4;
 
 static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -101,25 +101,54 @@ static void fill(float* p, int64_t n, float value) {
     for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-// rates[v][n][lane] = A[d][n] * log2(e): the decay of a step is 2^(dt * rate).
-static void load_rates(const ScanProblem& p, int64_t dir, const Block& block, float* rates) {
+// rates[v][n][lane] = A[d][n] * log2(e): the decay of a step is 2^(dt * rate). largest[v][lane] bounds their magnitude.
+static void load_rates(const ScanProblem& p, int64_t dir, const Block& block, float* rates, float* largest) {
     fill(rates, kScanBlock * p.states, 0.0f);
     for (int64_t d = block.first; d < block.last; ++d) {
         int64_t v = (d - block.first) / kLanes, lane = (d - block.first) % kLanes;
         for (int64_t n = 0; n < p.states; ++n)
             rates[(v * p.states + n) * kLanes + lane] = kLog2E * p.A[(dir * p.channels + d) * p.states + n];
     }
+    for (int64_t v = 0; v < kVectors; ++v) {
+        vf most = splat(0.0f);
+        for (int64_t n = 0; n < p.states; ++n) most = max(abs(load(rates + (v * p.states + n) * kLanes)), most);
+        store(largest + v * kLanes, most);
+    }
 }
 
-// Turns delta into dt in place; slope, where asked for, is d dt / d delta.
-static void make_steps(const ScanProblem& p, int64_t dir, int64_t d, int64_t lanes, int64_t rows, float* dt,
-                       float* slope) {
-    vf bias = p.delta_bias ? load_lanes(p.delta_bias + dir * p.channels + d, lanes) : splat(0.0f);
+// Turns delta into dt in place, and writes dt * u; slope, where asked for, is d dt / d delta. Returns the largest |dt|.
+template <bool is_softplus>
+static inline vf make_steps(vf bias, int64_t rows, const float* u, float* dt, float* dtu, float* slope) {
+    vf most = splat(0.0f);
     for (int64_t i = 0; i < rows * kLanes; i += kLanes) {
-        vf x = load(dt + i) + bias;
-        store(dt + i, p.softplus ? softplus(x) : x);
-        if (slope) store(slope + i, p.softplus ? sigmoid(x) : splat(1.0f));
+        vf x = load(dt + i) + bias, step = x;
+        if (is_softplus) {
+            vf q = exp_minus(abs(x));
+            step = softplus(x, q);
+            if (slope) store(slope + i, sigmoid(x, q));
+        } else if (slope) {
+            store(slope + i, splat(1.0f));
+        }
+        store(dt + i, step);
+        store(dtu + i, step * load(u + i));
+        most = max(abs(step), most);
     }
+    return most;
+}
+
+static vf make_steps(const ScanProblem& p, int64_t dir, int64_t d, int64_t lanes, int64_t rows, const float* u,
+                     float* dt, float* dtu, float* slope) {
+    const vf bias = p.delta_bias ? load_lanes(p.delta_bias + dir * p.channels + d, lanes) : splat(0.0f);
+    return p.softplus ? make_steps<true>(bias, rows, u, dt, dtu, slope)
+                      : make_steps<false>(bias, rows, u, dt, dtu, slope);
+}
+
+// Whether dt * rate stays where exp2 needs no clamping; no for NaN.
+static bool bounded(vf dt, vf rate) {
+    vf x = dt * rate;
+    for (int i = 0; i < kLanes; ++i)
+        if (!(x[i] <= 126.0f)) return false;
+    return true;
 }
 
 static View of_direction(View v, int64_t dir, int64_t stride) {
@@ -129,7 +158,7 @@ static View of_direction(View v, int64_t dir, int64_t stride) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 // Steps `states` states of one vector of channels through a segment; y += C . h. B, C: rows of this chunk's states.
-template <int states>
+template <int states, bool bounded>
 static inline void advance(int64_t rows, const float* dt, const float* dtu, const float* B, const float* C,
                            int64_t B_step, int64_t C_step, const float* rates, float* state, float* y) {
     vf rate[states], h[states];
@@ -140,7 +169,8 @@ static inline void advance(int64_t rows, const float* dt, const float* dtu, cons
     for (int64_t i = 0; i < rows; ++i, B += B_step, C += C_step) {
         vf step = load(dt + i * kLanes), input = load(dtu + i * kLanes), sum = load(y + i * kLanes);
         for (int k = 0; k < states; ++k) {
-            h[k] = exp2(step * rate[k]) * h[k] + input * B[k];
+            const vf x = step * rate[k];
+            h[k] = (bounded ? exp2_bounded(x) : exp2(x)) * h[k] + input * B[k];
             sum += h[k] * C[k];
         }
         store(y + i * kLanes, sum);
@@ -148,8 +178,19 @@ static inline void advance(int64_t rows, const float* dt, const float* dtu, cons
     for (int k = 0; k < states; ++k) store(state + k * kLanes, h[k]);
 }
 
+template <bool bounded>
+static void advance_all(int64_t N, int64_t rows, const float* dt, const float* dtu, const float* B, const float* C,
+                        int64_t B_step, int64_t C_step, const float* rates, float* state, float* y) {
+    int64_t n = 0;
+    for (; n + kForwardStates <= N; n += kForwardStates)
+        advance<kForwardStates, bounded>(rows, dt, dtu, B + n, C + n, B_step, C_step, rates + n * kLanes,
+                                         state + n * kLanes, y);
+    for (; n < N; ++n)
+        advance<1, bounded>(rows, dt, dtu, B + n, C + n, B_step, C_step, rates + n * kLanes, state + n * kLanes, y);
+}
+
 int64_t scan_forward_scratch(const ScanProblem& p) {
-    return 4 * kTiles + kTile + 2 * kScanBlock * p.states + kScanBlock +
+    return 4 * kTiles + kTile + 2 * kScanBlock * p.states + 2 * kScanBlock +
            (p.directions == 2 ? longest(p) * kScanBlock : 0);
 }
 
@@ -166,7 +207,8 @@ void scan_forward(const ScanProblem& p, const View& out, float* last, float* scr
         float* rates = dtu + kTile;
         float* state = rates + kScanBlock * N;  // [v][n][lane]
         float* carry = state + kScanBlock * N;  // [v][lane]: the result of the last step of the segment before
-        float* sum = carry + kScanBlock;        // [position in the sequence][v][lane]: what direction 0 found
+        float* largest = carry + kScanBlock;    // [v][lane]: of the rates
+        float* sum = largest + kScanBlock;      // [position in the sequence][v][lane]: what direction 0 found
 
         int64_t slots_used = 0;
         for_sequences(p, [&](int64_t index, const Sequence& s) {
@@ -174,7 +216,7 @@ void scan_forward(const ScanProblem& p, const View& out, float* last, float* scr
             for (int64_t dir = 0; dir < p.directions; ++dir) {
                 const View delta = of_direction(p.delta, dir, p.delta_direction);
                 const bool final_pass = dir == p.directions - 1;
-                load_rates(p, dir, block, rates);
+                load_rates(p, dir, block, rates, largest);
                 fill(state, kScanBlock * N, 0.0f);
                 fill(carry, kScanBlock, 0.0f);
                 for (int64_t k = 0; k * kScanSegment < s.length; ++k) {
@@ -198,20 +240,13 @@ void scan_forward(const ScanProblem& p, const View& out, float* last, float* scr
                         const float* rate = rates + v * N * kLanes;
                         for (int64_t n = 0; n < N; ++n)
                             store_lanes(saved(p, dir, block.b, s.slot + k, n, d), load(h + n * kLanes), lanes);
-                        make_steps(p, dir, d, lanes, seg.rows, dt, nullptr);
-                        for (int64_t i = 0; i < seg.rows * kLanes; i += kLanes)
-                            store(dtu + i, load(dt + i) * load(u + i));
+                        const vf most = make_steps(p, dir, d, lanes, seg.rows, u, dt, dtu, nullptr);
 
                         fill(y, (seg.rows + 1) * kLanes, 0.0f);
                         if (p.shift) store(y, load(carry + v * kLanes));
                         float* results = y + (p.shift ? kLanes : 0);
-                        int64_t n = 0;
-                        for (; n + kForwardStates <= N; n += kForwardStates)
-                            advance<kForwardStates>(seg.rows, dt, dtu, B + n, C + n, B_step, C_step, rate + n * kLanes,
-                                                    h + n * kLanes, results);
-                        for (; n < N; ++n)
-                            advance<1>(seg.rows, dt, dtu, B + n, C + n, B_step, C_step, rate + n * kLanes,
-                                       h + n * kLanes, results);
+                        (bounded(most, load(largest + v * kLanes)) ? advance_all<true> : advance_all<false>)(
+                            N, seg.rows, dt, dtu, B, C, B_step, C_step, rate, h, results);
                         store(carry + v * kLanes, load(y + seg.rows * kLanes));
 
                         float* at = sum + ((seg.t - s.begin) * kVectors + v) * kLanes;
@@ -257,31 +292,43 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 #define ULTRA_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, i4{i, j, k, l})
 #endif
 
-static inline v4 fold(const float* p) {
-    v4 s, part;
-    memcpy(&s, p, sizeof s);
-    for (int i = 4; i < kLanes; i += 4) {
-        memcpy(&part, p + i, sizeof part);
-        s += part;
-    }
-    return s;
+// The sums of the lanes of a, b, c and d: halves are added until one vector holds parts of all four.
+static inline v4 sum_lanes(vf a, vf b, vf c, vf d) {
+#if defined(__AVX512F__)
+    const auto both = [](vf x, vf y) {
+        return _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y), _mm512_unpackhi_ps((__m512)x, (__m512)y));
+    };
+    const __m512d ab = _mm512_castps_pd(both(a, b)), cd = _mm512_castps_pd(both(c, d));
+    const __m512 s = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    return (v4)_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+#elif defined(__AVX2__)
+    const auto both = [](vf x, vf y) {
+        return _mm256_add_ps(_mm256_unpacklo_ps((__m256)x, (__m256)y), _mm256_unpackhi_ps((__m256)x, (__m256)y));
+    };
+    const __m256d ab = _mm256_castps_pd(both(a, b)), cd = _mm256_castps_pd(both(c, d));
+    const __m256 s = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+                                   _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+    return (v4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+#else
+    const v4 ab = ULTRA_SHUFFLE4(a, b, 0, 4, 1, 5) + ULTRA_SHUFFLE4(a, b, 2, 6, 3, 7);
+    const v4 cd = ULTRA_SHUFFLE4(c, d, 0, 4, 1, 5) + ULTRA_SHUFFLE4(c, d, 2, 6, 3, 7);
+    return ULTRA_SHUFFLE4(ab, cd, 0, 1, 4, 5) + ULTRA_SHUFFLE4(ab, cd, 2, 3, 6, 7);
+#endif
 }
 
-// out[j] = the sum of the lanes of vector j.
-static void sum_lanes(const float* vectors, int64_t count, float* out) {
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) {
-        const float* p = vectors + j * kLanes;
-        v4 a = fold(p), b = fold(p + kLanes), c = fold(p + 2 * kLanes), d = fold(p + 3 * kLanes);
-        v4 ab = ULTRA_SHUFFLE4(a, b, 0, 1, 4, 5) + ULTRA_SHUFFLE4(a, b, 2, 3, 6, 7);
-        v4 cd = ULTRA_SHUFFLE4(c, d, 0, 1, 4, 5) + ULTRA_SHUFFLE4(c, d, 2, 3, 6, 7);
-        v4 s = ULTRA_SHUFFLE4(ab, cd, 0, 2, 4, 6) + ULTRA_SHUFFLE4(ab, cd, 1, 3, 5, 7);
-        memcpy(out + j, &s, sizeof s);
+// to[k] += the sum of the lanes of v[k].
+template <int count> static inline void add_sums(float* to, const vf* v) {
+    static_assert(count == 1 || count == 4, "");
+    if (count == 1) {
+        to[0] += sum(v[0]);
+        return;
     }
-    for (; j < count; ++j) {
-        v4 a = fold(vectors + j * kLanes);
-        out[j] = (a[0] + a[2]) + (a[1] + a[3]);
-    }
+    v4 total;
+    memcpy(&total, to, sizeof total);
+    total += sum_lanes(v[0], v[count / 4], v[count / 2], v[count - 1]);
+    memcpy(to, &total, sizeof total);
 }
 
 // What one vector of channels brings to the reverse pass over a segment, one row per step.
@@ -293,13 +340,13 @@ struct Steps {
     int64_t B_step, C_step;
     float *from_decay, *from_input;  // sums over states of (rate a h dh) and (B dh)
     float* result;            // C . h, or null where nobody needs it
-    float *dB, *dC;           // [step][n][lane], added to
-    int64_t stride;           // of dB and dC: N * kLanes
+    float *dB, *dC;           // [step][n], added to
+    int64_t stride;           // of dB and dC: N
 };
 
 // Recomputes the states of a segment from the one at its start, then runs the adjoints back through it.
 // dstate: adjoint of the state after the segment, on return of the one before it. dA is added to.
-template <int states, bool with_result>
+template <int states, bool with_result, bool bounded>
 static inline void reverse(const Steps& s, const float* rates, const float* start, float* dstate, float* dA,
                            float* decays, float* history) {
     vf rate[states], h[states];
@@ -314,7 +361,7 @@ static inline void reverse(const Steps& s, const float* rates, const float* star
         vf step = load(s.dt + i * kLanes), input = load(s.dtu + i * kLanes);
         vf sum = with_result ? load(s.result + i * kLanes) : splat(0.0f);
         for (int k = 0; k < states; ++k) {
-            vf a = exp2(step * rate[k]);
+            const vf x = step * rate[k], a = bounded ? exp2_bounded(x) : exp2(x);
             h[k] = a * h[k] + input * B[k];
             store(decays + (i * states + k) * kLanes, a);
             store(history + ((i + 1) * states + k) * kLanes, h[k]);
@@ -330,22 +377,22 @@ static inline void reverse(const Steps& s, const float* rates, const float* star
     for (int64_t i = s.rows - 1; i >= 0; --i) {
         const float* B = s.B + i * s.B_step;
         const float* C = s.C + i * s.C_step;
-        float* dB = s.dB + i * s.stride;
-        float* dC = s.dC + i * s.stride;
         vf step = load(s.dt + i * kLanes), input = load(s.dtu + i * kLanes), dy = load(s.dresult + i * kLanes);
         vf from_decay = load(s.from_decay + i * kLanes), from_input = load(s.from_input + i * kLanes);
+        vf part[states];
+        for (int k = 0; k < states; ++k) part[k] = dy * load(history + ((i + 1) * states + k) * kLanes);
+        add_sums<states>(s.dC + i * s.stride, part);
         for (int k = 0; k < states; ++k) {
             vf before = load(history + (i * states + k) * kLanes);
             vf dh = g[k] + dy * C[k];
-            store(dC + k * kLanes, load(dC + k * kLanes) + dy * h[k]);
-            store(dB + k * kLanes, load(dB + k * kLanes) + dh * input);
+            part[k] = dh * input;
             g[k] = dh * load(decays + (i * states + k) * kLanes);
             vf w = g[k] * before;
             da[k] += step * w;
             from_decay += rate[k] * w;
             from_input += dh * B[k];
-            h[k] = before;
         }
+        add_sums<states>(s.dB + i * s.stride, part);
         store(s.from_decay + i * kLanes, from_decay);
         store(s.from_input + i * kLanes, from_input);
     }
@@ -355,16 +402,24 @@ static inline void reverse(const Steps& s, const float* rates, const float* star
     }
 }
 
-template <int states>
-static inline void reverse(Steps s, int64_t n, const float* rates, const float* start, float* dstate, float* dA,
-                           float* decays, float* history) {
+template <int states, bool with_result, bool bounded>
+static inline void reverse_at(Steps s, int64_t n, const float* rates, const float* start, float* dstate, float* dA,
+                              float* decays, float* history) {
     const int64_t at = n * kLanes;
     s.B += n;
     s.C += n;
-    s.dB += at;
-    s.dC += at;
-    if (s.result) reverse<states, true>(s, rates + at, start + at, dstate + at, dA + at, decays, history);
-    else reverse<states, false>(s, rates + at, start + at, dstate + at, dA + at, decays, history);
+    s.dB += n;
+    s.dC += n;
+    reverse<states, with_result, bounded>(s, rates + at, start + at, dstate + at, dA + at, decays, history);
+}
+
+template <bool with_result, bool bounded>
+static void reverse_all(int64_t N, const Steps& s, const float* rates, const float* start, float* dstate, float* dA,
+                        float* decays, float* history) {
+    int64_t n = 0;
+    for (; n + kBackwardStates <= N; n += kBackwardStates)
+        reverse_at<kBackwardStates, with_result, bounded>(s, n, rates, start, dstate, dA, decays, history);
+    for (; n < N; ++n) reverse_at<1, with_result, bounded>(s, n, rates, start, dstate, dA, decays, history);
 }
 
 // target[i] = the sum of parts[j * n + i] over j, in order.
@@ -379,9 +434,9 @@ static void sum_parts(float* target, const float* parts, int64_t n, int64_t coun
 }
 
 int64_t scan_backward_scratch(const ScanProblem& p) {
-    return 7 * kTiles + 3 * kTile + (2 * kTile + kLanes) * kBackwardStates + p.states * kLanes +
-           (1 + 2 * p.directions) * kScanBlock * p.states + (1 + p.directions) * kScanBlock +
-           2 * kScanSegment * p.states * kLanes + (p.directions == 2 ? 2 * longest(p) * kScanBlock : 0);
+    return 7 * kTiles + 4 * kTile + (2 * kTile + kLanes) * kBackwardStates + p.states * kLanes +
+           (1 + 2 * p.directions) * kScanBlock * p.states + (1 + 2 * p.directions) * kScanBlock +
+           2 * kScanSegment * p.states + (p.directions == 2 ? 2 * longest(p) * kScanBlock : 0);
 }
 
 void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch, int threads) {
@@ -394,18 +449,20 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
         auto take = [&](int64_t n) { float* at = next; next += n; return at; };
         float *us = take(kTiles), *dts = take(kTiles), *douts = take(kTiles), *zs = take(kTiles);
         float *dus = take(kTiles), *ddeltas = take(kTiles), *ys = take(kTiles);
-        float *dtu = take(kTile), *dy = take(kTile), *from_decay = take(kTile);
+        float *dtu = take(kTile), *dy = take(kTile), *open = take(kTile), *from_decay = take(kTile);
         float *decays = take(kTile * kBackwardStates), *history = take((kTile + kLanes) * kBackwardStates);
         float* start = take(N * kLanes);
         float* dstate = take(kScanBlock * N);
         float* rates = take(p.directions * kScanBlock * N);
         float* dA = take(p.directions * kScanBlock * N);  // like rates [dir][v][n][lane]
+        float* largest = take(p.directions * kScanBlock);
         float *dD = take(kScanBlock), *dbias = take(p.directions * kScanBlock);
-        float *dB = take(kScanSegment * N * kLanes), *dC = take(kScanSegment * N * kLanes);
+        float *dB = take(kScanSegment * N), *dC = take(kScanSegment * N);
         float* du_sum = next;  // [position in the sequence][v][lane], as y_sum: what direction 0 found
         float* y_sum = du_sum + (p.directions == 2 ? longest(p) * kScanBlock : 0);
 
-        for (int64_t dir = 0; dir < p.directions; ++dir) load_rates(p, dir, block, rates + dir * kScanBlock * N);
+        for (int64_t dir = 0; dir < p.directions; ++dir)
+            load_rates(p, dir, block, rates + dir * kScanBlock * N, largest + dir * kScanBlock);
         fill(dA, p.directions * kScanBlock * N, 0.0f);
         fill(dD, kScanBlock, 0.0f);
         fill(dbias, p.directions * kScanBlock, 0.0f);
@@ -437,9 +494,9 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                     pass.from_decay = from_decay;
                     pass.dB = dB;
                     pass.dC = dC;
-                    pass.stride = N * kLanes;
-                    fill(dB, seg.rows * N * kLanes, 0.0f);
-                    fill(dC, seg.rows * N * kLanes, 0.0f);
+                    pass.stride = N;
+                    fill(dB, seg.rows * N, 0.0f);
+                    fill(dC, seg.rows * N, 0.0f);
 
                     // one row more than the segment has: with shift its last result shows in the next one's output
                     const int64_t ahead = seg.rows + (more && p.shift);
@@ -462,12 +519,16 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                         pass.dt = dt;
                         pass.from_input = from_input;
                         pass.result = p.z.data ? y + (p.shift ? kLanes : 0) : nullptr;
-                        make_steps(p, dir, d, lanes, seg.rows, dt, slope);
-                        for (int64_t i = 0; i < steps; i += kLanes) store(dtu + i, load(dt + i) * load(u + i));
+                        const vf most = make_steps(p, dir, d, lanes, seg.rows, u, dt, dtu, slope);
                         store(dy + steps, splat(0.0f));
                         for (int64_t i = 0; i < ahead * kLanes; i += kLanes) {
-                            vf gate = p.z.data ? load(z + i) * sigmoid(load(z + i)) : splat(1.0f);
-                            store(dy + i, load(dout + i) * gate);
+                            vf total = load(dout + i);
+                            if (p.z.data) {
+                                const vf gate = sigmoid(load(z + i));
+                                store(open + i, gate);
+                                total *= load(z + i) * gate;
+                            }
+                            store(dy + i, total);
                         }
                         for (int64_t n = 0; n < N; ++n)
                             store(start + n * kLanes,
@@ -486,12 +547,10 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
 
                         float* to = dstate + v * N * kLanes;
                         const int64_t at_rates = (dir * kVectors + v) * N * kLanes;
-                        int64_t n = 0;
-                        for (; n + kBackwardStates <= N; n += kBackwardStates)
-                            reverse<kBackwardStates>(pass, n, rates + at_rates, start, to, dA + at_rates, decays,
-                                                     history);
-                        for (; n < N; ++n)
-                            reverse<1>(pass, n, rates + at_rates, start, to, dA + at_rates, decays, history);
+                        const bool small = bounded(most, load(largest + dir * kScanBlock + v * kLanes));
+                        const auto run = pass.result ? small ? reverse_all<true, true> : reverse_all<true, false>
+                                                     : small ? reverse_all<false, true> : reverse_all<false, false>;
+                        run(N, pass, rates + at_rates, start, to, dA + at_rates, decays, history);
 
                         float* du_at = du_sum + ((seg.t - s.begin) * kVectors + v) * kLanes;
                         float* y_at = y_sum + ((seg.t - s.begin) * kVectors + v) * kLanes;
@@ -527,8 +586,9 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                         store(dD + v * kLanes, load(dD + v * kLanes) + skip_sum);
                         if (p.z.data)
                             for (int64_t i = 0; i < steps; i += kLanes) {
-                                vf gate = load(z + i), sig = sigmoid(gate);
-                                store(y + i, load(dout + i) * load(y + i) * sig * (1.0f + gate * (1.0f - sig)));
+                                const vf gate = load(open + i);
+                                const vf slope_of_silu = gate * (1.0f + load(z + i) * (1.0f - gate));
+                                store(y + i, load(dout + i) * load(y + i) * slope_of_silu);
                             }
                     }
                     block.store(ddeltas, ddelta, seg);
@@ -538,8 +598,8 @@ void scan_backward(const ScanProblem& p, const ScanGradients& g, float* scratch,
                                          ((dir * p.batch + block.b) * p.groups + block.group) * p.length * N;
                     for (int64_t i = 0; i < seg.rows; ++i) {
                         const int64_t to = base + (seg.t + i * seg.step) * N;
-                        sum_lanes(dB + i * N * kLanes, N, g.dB_parts + to);
-                        sum_lanes(dC + i * N * kLanes, N, g.dC_parts + to);
+                        memcpy(g.dB_parts + to, dB + i * N, N * sizeof(float));
+                        memcpy(g.dC_parts + to, dC + i * N, N * sizeof(float));
                     }
                 }
             }
