@@ -73,7 +73,7 @@ def test_op(
     function = implementation(name, backend, dtype, pytestconfig.getoption("--ultra-compile"))
     inputs = case.inputs(dtype, DEVICE)
     leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    nbytes, flops = case.elements * dtype.itemsize, case.flops
+    nbytes, flops, exps = case.elements * dtype.itemsize, case.flops, case.exps
     try:
         outputs = differentiable(function(**inputs))
     except (ImportError, NotImplementedError) as error:
@@ -85,7 +85,7 @@ def test_op(
         cotangents = [torch.randn_like(o) for o in outputs]
         # the backward reads inputs and output gradients and writes input gradients; a product has two of its own size
         nbytes = 2 * nbytes + sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-        flops = 3 * flops
+        flops, exps = 3 * flops, 2 * exps  # the backward makes the decays again
 
         def call() -> None:
             torch.autograd.grad(differentiable(function(**inputs)), leaves, cotangents, allow_unused=True)
@@ -96,11 +96,11 @@ def test_op(
                 function(**inputs)
 
     timing = measure(call, DEVICE, pytestconfig.getoption("--ultra-seconds"))
-    least, limit = least_seconds(nbytes, flops, DEVICE, dtype)
+    least, limit = least_seconds(nbytes, flops, exps, DEVICE, dtype)
     record_cell(
         {
             "op": name, "backend": backend, "case": case.name, "dtype": str(dtype)[6:], "mode": mode, "device": DEVICE,
             "ms": timing.median * 1e3, "min_ms": timing.best * 1e3, "rounds": timing.rounds,
-            "bytes": nbytes, "flops": flops, "limit": limit, "limit_ms": least * 1e3,
+            "bytes": nbytes, "flops": flops, "exps": exps, "limit": limit, "limit_ms": least * 1e3,
         }
     )  # fmt: skip

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from bench.timing import measure
+from ultra_kernels import _native
 
 
 @functools.cache
@@ -25,11 +26,33 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / measure(lambda: a @ b, device, budget=0.5).median
 
 
-def least_seconds(nbytes: float, flops: float, device: str, dtype: torch.dtype) -> tuple[float, str]:
-    """The time that the slower of the two limits allows, and which one that is.
+@functools.cache
+def exp_rate(device: str) -> float:
+    """Exponentials per second: the library's own on a cached vector, times threads; on a GPU 16 a clock and unit."""
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties()
+        return 16.0 * gpu.multi_processor_count * gpu.clock_rate * 1e3
+    n, repeats = 4096, 200
+    x, y = -torch.rand(n), torch.empty(n)
+    if _native.missing() is not None:
+        return n / measure(lambda: torch.exp2(x, out=y), device, budget=0.2).best
+    apply, arguments = _native.load().simd_apply, (3, x.data_ptr(), y.data_ptr(), n)
+
+    def call() -> None:
+        for _ in range(repeats):
+            apply(*arguments)
+
+    return torch.get_num_threads() * repeats * n / measure(call, device, budget=0.2).median
+
+
+def least_seconds(nbytes: float, flops: float, exps: float, device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """The time that the slowest of the limits allows, and which one that is.
 
     Arithmetic at the better of the rates of `dtype` and float32: where the narrow one is emulated, nobody need use it.
     """
     rate = max(matmul_rate(device, dtype), matmul_rate(device, torch.float32))
-    memory, arithmetic = nbytes / copy_bandwidth(device), flops / rate
-    return (memory, "copy") if memory >= arithmetic else (arithmetic, "matmul")
+    limits = {"copy": nbytes / copy_bandwidth(device), "matmul": flops / rate}
+    if exps:
+        limits["exp"] = exps / exp_rate(device)
+    name = max(limits, key=lambda k: limits[k])
+    return limits[name], name

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ultra_kernels import selective_scan
+
 
 def torch_layer_norm(x, weight, bias, eps=1e-5, residual=None):
     if residual is not None:
@@ -34,6 +36,42 @@ def dao_causal_conv1d(x, weight, bias=None, activation=None, direction="forward"
     from causal_conv1d import causal_conv1d_fn
 
     return causal_conv1d_fn(x, weight, bias, activation=activation)
+
+
+def loop_selective_scan(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
+    direction="forward", cu_seqlens=None,
+):  # fmt: skip
+    """Decays and inputs as [B,D,L,N] tensors, then a loop over time, as mamba-ssm's selective_scan_ref does it."""
+    if direction != "forward" or cu_seqlens is not None or return_last_state or B.dim() != 3:
+        raise NotImplementedError("the loop: dense rows read forwards, one group")
+    u_wide, dt = u.float(), delta.float() if delta_bias is None else delta.float() + delta_bias[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
+    decays = torch.exp(dt[..., None] * A[:, None])
+    inputs = (dt * u_wide)[..., None] * B.float().mT[:, None]
+    h, ys = u_wide.new_zeros(len(u), *A.shape), []
+    for decay, step, c in zip(decays.unbind(2), inputs.unbind(2), C.float().unbind(2), strict=True):
+        h = decay * h + step
+        ys.append((h * c[:, None]).sum(-1))
+    y = torch.stack(ys, 2)
+    y = y if D is None else y + D[:, None] * u_wide
+    return (y if z is None else y * F.silu(z.float())).to(u.dtype)
+
+
+def two_selective_scans(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, shift=True, cu_seqlens=None
+):
+    """What one does without this op: two calls of selective_scan, the second on flipped inputs."""
+    if cu_seqlens is not None:
+        raise NotImplementedError("two scans: dense rows")
+    biases = (None, None) if delta_bias is None else delta_bias
+    left = selective_scan(u, delta[0], A[0], B[0], C[0], None, None, biases[0], delta_softplus)
+    flipped = (t.flip(-1) for t in (u, delta[1], B[1], C[1]))
+    u_back, delta_back, B_back, C_back = flipped
+    right = selective_scan(u_back, delta_back, A[1], B_back, C_back, None, None, biases[1], delta_softplus).flip(-1)
+    y = F.pad(left, (1, -1)) + F.pad(right, (-1, 1)) if shift else left + right
+    y = y if D is None else y + D.to(u.dtype)[:, None] * u
+    return y if z is None else y * F.silu(z)
 
 
 def mamba_selective_scan(*args, direction="forward", cu_seqlens=None, **kwargs):
@@ -92,9 +130,10 @@ def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_
 
 
 PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
+    "bidirectional_scan": {"two-scans": two_selective_scans},
     "causal_conv1d": {"torch": torch_conv1d, "causal-conv1d": dao_causal_conv1d},
     "layer_norm": {"torch": torch_layer_norm},
     "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
     "retention": {"flash-linear-attention": fla_retention, "torch-eager": eager_retention},
-    "selective_scan": {"mamba-ssm": mamba_selective_scan},
+    "selective_scan": {"loop": loop_selective_scan, "mamba-ssm": mamba_selective_scan},
 }

@@ -91,8 +91,9 @@ class Op:
 def of_all(why_not: Callable[[torch.Tensor], str | None]) -> Callable[..., str | None]:
     """`why_not` of an op whose kernels read all of its tensors in place: the first reason that one of them gives."""
 
-    def first_reason(*tensors: torch.Tensor | None) -> str | None:
-        return next((why for t in tensors if t is not None and (why := why_not(t)) is not None), None)
+    def first_reason(*args: object) -> str | None:
+        reasons = (why_not(t) for t in args if isinstance(t, torch.Tensor))
+        return next((why for why in reasons if why is not None), None)
 
     return first_reason
 

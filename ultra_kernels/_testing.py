@@ -28,6 +28,7 @@ class Case:
     through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded
         to the dtype under test, such as operands of a half-precision matrix product.
     elements: input and output elements that must cross memory once (bytes = elements × item size).
+    exps: exponentials that the forward cannot do without.
     large: for the bench on a GPU alone; a comparison with float64 on the CPU would take minutes.
     """
 
@@ -36,6 +37,7 @@ class Case:
     reduction: int
     elements: int
     flops: int
+    exps: int = 0
     small: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
     bench: bool = False

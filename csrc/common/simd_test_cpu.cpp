@@ -1,5 +1,6 @@
 #include "common/simd_test.h"
 
+#include "common/gates.h"
 #include "common/simd.h"
 
 namespace ultra {
@@ -16,6 +17,7 @@ void simd_apply(int function, const float* x, float* y, int64_t n) {
     if (function == 0) apply([](vf v) { return exp(v); }, x, y, n);
     if (function == 1) apply([](vf v) { return tanh(v); }, x, y, n);
     if (function == 2) apply([](vf v) { return erf(v); }, x, y, n);
+    if (function == 3) apply([](vf v) { return exp2(v); }, x, y, n);
 }
 
 }  // namespace ULTRA_ISA

@@ -68,8 +68,10 @@ ALL = [
 
 @pytest.mark.parametrize(("name", "backend", "case", "dtype"), ALL)
 def test_against_float64(name: str, backend: str, case: Case, dtype: torch.dtype, poisoned_empty: None) -> None:
-    if backend == "triton" and INTERPRET and (dtype == torch.bfloat16 or case.elements > 200_000):
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly and large cases slowly")
+    # Triton's interpreter computes bfloat16 wrongly and large cases slowly; float16 differs in conversions alone
+    largest = {torch.float32: 200_000, torch.float16: 10_000, torch.bfloat16: 0}[dtype]
+    if backend == "triton" and INTERPRET and case.elements > largest:
+        pytest.skip(f"Triton's interpreter: {dtype} up to {largest} elements")
     check(name, backend, case, dtype, "cpu")
 
 

@@ -9,9 +9,9 @@ from ultra_kernels import _native, causal_conv1d, selective_scan
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
 
-ULP = 1.5  # what the comments of simd.h promise
+ULP = {"exp": 1.5, "tanh": 1.5, "erf": 1.5, "exp2": 2}  # what the comments of simd.h and gates.h promise
 # function -> number in simd_apply, float64 truth
-FUNCTIONS = {"exp": (0, torch.exp), "tanh": (1, torch.tanh), "erf": (2, torch.special.erf)}
+FUNCTIONS = {"exp": (0, torch.exp), "tanh": (1, torch.tanh), "erf": (2, torch.special.erf), "exp2": (3, torch.exp2)}
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -49,6 +49,8 @@ def test_units_in_the_last_place(library, name):
     x = torch.cat([every_4099th_float(), dense])
     if name == "exp":  # below -87.3 it flushes to zero instead of a denormal: the next test
         x = torch.cat([x[~(x < -87.3)], torch.linspace(-87.3, 88.8, 100_000)])
+    if name == "exp2":  # below -126 it flushes to zero, and infinity comes half a power early: the test after the next
+        x = torch.cat([x[~((x < -126) | ((x >= 127.5) & (x < 128)))], torch.linspace(-126, 127.49, 100_000)])
     got, want = apply(library, name, x).double(), truth(x.double())
     assert torch.equal(got.isnan(), want.isnan())
     fine = want.float().isfinite()
@@ -57,12 +59,20 @@ def test_units_in_the_last_place(library, name):
     error = ulps(got, want)
     worst = int(error.argmax())
     off = float(error[worst])
-    assert off <= ULP, f"{name}({float(x[fine][worst])!r}) is off by {off} ulp"
+    assert off <= ULP[name], f"{name}({float(x[fine][worst])!r}) is off by {off} ulp"
 
 
 def test_exp_flushes_denormal_results_to_zero(library):
     x = torch.linspace(-110, -87.34, 1001)
     assert torch.equal(apply(library, "exp", x), torch.zeros_like(x))
+
+
+def test_exp2_at_its_ends(library):
+    """Tiny or 0 below -126, infinity from 127.5 on, exactly 1 at 0: a step of size 0 keeps the state."""
+    low, high = torch.linspace(-1e4, -127, 1000), torch.linspace(127.5, 1e4, 1000)
+    assert bool((apply(library, "exp2", low) <= 2.0**-126).all()) and bool((apply(library, "exp2", low) >= 0).all())
+    assert bool(apply(library, "exp2", high).isinf().all())
+    assert torch.equal(apply(library, "exp2", torch.zeros(33)), torch.ones(33))
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 15, 16, 17])

@@ -104,12 +104,13 @@ def configurations(folder: str) -> list[Configuration]:
 
 
 def shipped() -> list[Any]:
-    return [
-        pytest.param(configuration, arch, id=f"{folder}-{configuration.name}-sm{arch}")
-        for folder in FOLDERS
-        for configuration in configurations(folder)
-        for arch in configuration.archs
-    ]
+    """Once each: folders may share kernels."""
+    found: dict[tuple[Any, str, int], Any] = {}
+    for folder in FOLDERS:
+        for c in configurations(folder):
+            for arch in c.archs:
+                found.setdefault((c.kernel, c.name, arch), pytest.param(c, arch, id=f"{folder}-{c.name}-sm{arch}"))
+    return list(found.values())
 
 
 @pytest.mark.parametrize(("configuration", "arch"), shipped())

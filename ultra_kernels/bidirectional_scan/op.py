@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import _cuda, _native
-from .._dispatch import Op, define_differentiable, of_all
+from .._dispatch import Op, define_differentiable
 from ..selective_scan.op import (
     GRADIENTS,
+    ORDER,
     TENSORS,
+    WHY_NOT,
     check_scan,
     dense_like,
     fake_gradients,
@@ -16,12 +17,7 @@ from ..selective_scan.op import (
 )
 from . import reference
 
-OP = Op(
-    "bidirectional_scan",
-    __package__,
-    {"cuda": ("cuda", "reference"), "cpu": ("native", "reference")},
-    {"cuda": of_all(_cuda.why_not), "native": of_all(_native.why_not)},
-)
+OP = Op("bidirectional_scan", __package__, ORDER, WHY_NOT)
 
 
 def bidirectional_scan(
@@ -48,7 +44,7 @@ def bidirectional_scan(
     BackendUnavailable. The quasi-separable form of Hwang et al. 2024 (Hydra, arXiv:2407.09941).
     """
     check_scan("bidirectional_scan", u, delta, A, B, C, D, z, delta_bias, cu_seqlens, (2,))
-    chosen = OP.choose(backend, u, delta, z)
+    chosen = OP.choose(backend, u, delta, z, A.shape[-1])
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, cu_seqlens)
     if chosen == "reference":
         return reference.bidirectional_scan(*args)

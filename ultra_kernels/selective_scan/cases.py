@@ -101,6 +101,7 @@ def scan_case(
         elements=batch * length * (3 * channels + directions * (channels + 2 * states)),
         # Δ A, exp, Δ u B, two multiply-adds
         flops=7 * directions * batch * length * channels * states,
+        exps=directions * batch * length * channels * states,
         bench=bench,
     )
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import torch
 
 from .. import _cuda, _native
-from .._dispatch import Op, define_differentiable, of_all
+from .._dispatch import Op, define_differentiable, of_all, triton_why_not
 from . import reference
 
 SEGMENT = 64  # steps between two states saved for the backward pass; kScanSegment of csrc/selective_scan
+MAX_STATES = 64  # of the Triton kernels: a program keeps all states of 32 channels in registers
 
 
-OP = Op(
-    "selective_scan",
-    __package__,
-    {"cuda": ("cuda", "reference"), "cpu": ("native", "reference")},
-    {"cuda": of_all(_cuda.why_not), "native": of_all(_native.why_not)},
-)
+def triton_limits(
+    u: torch.Tensor, delta: torch.Tensor | None = None, z: torch.Tensor | None = None, states: int = 1
+) -> str | None:
+    """The reasons of triton_why_not, and dtypes and numbers of states that the kernels are not made for."""
+    if (reason := triton_why_not(u)) is not None:
+        return reason
+    for t in (u, delta, z):
+        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the kernels take float32, bfloat16 and float16, not {t.dtype}; backend='reference' computes in it"
+    return f"N is {states}, above {MAX_STATES}; use fewer states" if states > MAX_STATES else None
+
+
+ORDER: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")}
+WHY_NOT = {"cuda": of_all(_cuda.why_not), "triton": triton_limits, "native": of_all(_native.why_not)}
+OP = Op("selective_scan", __package__, ORDER, WHY_NOT)
 
 
 def selective_scan(
@@ -49,7 +59,7 @@ def selective_scan(
     check_scan("selective_scan", u, delta, A, B, C, D, z, delta_bias, cu_seqlens)
     if direction not in ("forward", "backward"):
         raise ValueError(f"selective_scan: direction is {direction!r}; it must be 'forward' or 'backward'")
-    chosen = OP.choose(backend, u, delta, z)
+    chosen = OP.choose(backend, u, delta, z, A.shape[-1])
     args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens)
     out, last = reference.selective_scan(*args) if chosen == "reference" else _forward(*args, chosen)[:2]
     return (out, last) if return_last_state else out
