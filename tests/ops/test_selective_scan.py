@@ -9,8 +9,9 @@ import torch
 
 from ultra_kernels import _native, selective_scan, use_backend
 from ultra_kernels._testing import compare, run, widened
+from ultra_kernels.selective_scan import native as scan_native
 from ultra_kernels.selective_scan.cases import scan_inputs
-from ultra_kernels.selective_scan.op import SEGMENT
+from ultra_kernels.selective_scan.op import SEGMENT, saved_states
 
 BACKENDS = [
     "reference",
@@ -138,6 +139,43 @@ def test_native_edges(N: int, L: int) -> None:
         }
         expected = run(selective_scan, widened(args), "reference", torch.float32)
         assert not compare(run(selective_scan, args, "native", torch.float32), expected, max(L, D) * L * N)
+
+
+@native
+def test_extra_memory_is_of_the_order_of_the_inputs() -> None:
+    """At N = 16: saved states, parts of dB and dC, and scratch, against u, delta and z; nothing is [B,D,L,N]."""
+    C, states = _native.load(), 16
+    for D, L in ((256, 1024), (256, 8192), (1536, 512)):
+        u, A = torch.empty(1, D, L), torch.empty(1, D, states)
+        B = torch.empty(1, 1, 1, states, L)
+        saved = saved_states(u, A, None)
+        problem, _keep = scan_native._problem(
+            u, u[None], A, B, B, None, u, None, True, False, False, None, saved
+        )  # fmt: skip
+        parts = 2 * C.scan_blocks(D, 1) * L * states
+        per_thread = max(C.scan_forward_scratch(problem), C.scan_backward_scratch(problem))
+        assert per_thread < 150_000  # tiles of a segment, whatever the length
+        assert saved.numel() + parts <= u.numel()
+
+
+@native
+def test_offsets_beyond_31_bits() -> None:
+    try:
+        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # only the pages that are written take memory
+    except RuntimeError as error:
+        pytest.skip(f"4.3 GB of address space: {error}")
+    args = inputs(2, 3, 5, 2, dtype=torch.float32)
+    near = args["u"].bfloat16()
+    far = memory.as_strided((2, 3, 5), (2**31 + 16, 5, 1)).copy_(near)
+    got, want = (selective_scan(**(args | {"u": x}), backend="native") for x in (far, near))
+    assert torch.equal(got, want)
+
+
+@native
+def test_more_batch_rows_than_a_16_bit_grid() -> None:
+    args = inputs(70_000, 1, 1, 1, dtype=torch.float32)
+    got, want = (selective_scan(**args, backend=b) for b in ("native", "reference"))
+    torch.testing.assert_close(got, want)
 
 
 @native

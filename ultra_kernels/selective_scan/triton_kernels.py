@@ -455,7 +455,7 @@ def scan_backward(
     options = dict(reverse=int(reverse), shift=int(shift), softplus=int(softplus))
     last = None if grad_last is None else grad_last.mT.float().contiguous()
     shared = _shared(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, saved, last, grad, options, BACKWARD)
-    programs, blocks = shared.programs, shared.arguments["blocks"]
+    programs, blocks = shared.programs if u.numel() else 0, shared.arguments["blocks"]  # without steps sums are 0
     block_n, block_d, pieces = shared.options["BLOCK_N"], shared.options["BLOCK_D"], SEGMENT // shared.options["PIECE"]
     du, ddelta, dz = dense_like(u), dense_like(delta), None if z is None else dense_like(z)
     dA, dD = _float32(u, programs, directions, states, channels), _float32(u, programs, channels)
