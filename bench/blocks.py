@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--width", type=int, default=768)
     args = parser.parse_args()
-    print(f"copy {copy_bandwidth(DEVICE) / 1e9:.1f} GB/s, float32 matmul {matmul_rate(DEVICE, torch.float32) / 1e9:.0f} "
-          f"GFLOP/s, {torch.get_num_threads()} threads")  # fmt: skip
+    copy, matmul = copy_bandwidth(DEVICE) / 1e9, matmul_rate(DEVICE, torch.float32) / 1e9
+    print(f"copy {copy:.1f} GB/s, float32 matmul {matmul:.0f} GFLOP/s, {torch.get_num_threads()} threads")
     for name in args.mixers:
         call = step(name, args.width, args.length)
         timing = measure(call, DEVICE, 2.0)

@@ -294,6 +294,14 @@ CUDA = [
         ("2.06390887954e-2f", "2.1e-2f"),
         ("return 1.0f - value * value", "return 1.0f - value"),
     ),
+    *of(
+        "csrc/selective_scan/selective_scan_cuda.cu",
+        "tests/ops/test_cuda.py -k 'scan and against_float64'",
+        ("-expm1f(-dt)", "expm1f(-dt)"),
+        ("dA[i] += dt * w", "dA[i] += w"),
+        ("kLn2 * sums[1]", "sums[1]"),
+        ("dC[(rows + r + (s.reverse ? 1 : -1)) * p.states", "dC[(rows + r + (s.reverse ? -1 : 1)) * p.states"),
+    ),
     *of("csrc/derf/derf_cuda.cu", EMULATED, ("1.1283791671f", "1.1283f")),
 ]
 

@@ -10,7 +10,7 @@ import ultra_kernels
 from ultra_kernels._dispatch import opaque
 from ultra_kernels._testing import Case, cases, compare, run, widened
 
-OPAQUE = ("retention", "sigmoid_attention", "hope_attention")
+OPAQUE = ("retention", "sigmoid_attention", "hope_attention", "selective_scan", "bidirectional_scan")
 CASES = [
     pytest.param(name, case, id=f"{name}-{case.name}") for name in OPAQUE for case in cases(name) if not case.bench
 ]

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .._dispatch import opaque
 from ..selective_scan.reference import finish, scan
 
 
+@opaque(
+    "bidirectional_scan_reference(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, bool delta_softplus, bool shift, Tensor? cu_seqlens) -> Tensor",
+    lambda u, *options: u.new_empty(u.shape),
+)
 def bidirectional_scan(
     u: torch.Tensor,
     delta: torch.Tensor,

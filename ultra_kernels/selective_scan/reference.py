@@ -7,7 +7,19 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from .._dispatch import opaque
 
+
+def _fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens):  # type: ignore[no-untyped-def]
+    sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return u.new_empty(u.shape), u.new_empty(sequences, *A.shape, dtype=torch.promote_types(u.dtype, torch.float32))
+
+
+@opaque(
+    "selective_scan_reference(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, bool delta_softplus, str direction, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    _fake,
+)
 def selective_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
