@@ -1,6 +1,6 @@
 """`python -m bench.table` writes what stands between the markers of README.md.
 
-The op × backend table from the code, then one table of speed per GPU from bench/results, or that there is none.
+The op × backend table from the code, then one table of speed per machine from bench/results, GPUs first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from bench import results
 from ultra_kernels._dispatch import OPS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+MODES = ("forward", "training")
 BEGIN, END = "<!-- ops:begin -->", "<!-- ops:end -->"
 COLUMNS = {"reference": "PyTorch", "native": "C++ (CPU)", "triton": "Triton (NVIDIA)", "cuda": "CUDA C++ (NVIDIA)"}
 
@@ -27,46 +28,52 @@ def table() -> str:
 
 
 def speed(folder: Path = results.FOLDER) -> str:
-    """Per results file the card and a table of each op's best backend; a cell that nobody measured says so."""
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        return "No op has been timed on a GPU yet; `bench/gpu_check.sh` does it."
-    return "\n\n".join(_speed_of(results.read(path)) for path in files)
+    """Per results file the machine and a table of each op's best backend; what nobody measured says so."""
+    files = [results.read(path) for path in sorted(folder.glob("*.jsonl"))]
+    gpus = [cells for cells in files if cells[0]["gpu"]]
+    none = [] if gpus else ["No op has been timed on a GPU yet; `bench/gpu_check.sh` does it."]
+    return "\n\n".join([*none, *map(_speed_of, gpus), *(_speed_of(c) for c in files if not c[0]["gpu"])])
 
 
 def _speed_of(cells: list[results.Cell]) -> str:
     about = cells[0]
+    wanted, other = ("bfloat16", "float32") if about["gpu"] else ("float32", "bfloat16")
+    threads = "" if about["gpu"] else f", {about['threads']} threads"
     lines = [
-        f"On {about['machine']} with torch {about['torch']} and Triton {about['triton']}, commit {about['commit']}: "
-        "the fastest backend of each op in bfloat16 (float32 where it has none), its time, and its share of what the "
-        "card's memory or matrix units allow (bench/README.md).",
+        f"On {about['machine']}{threads} with torch {about['torch']} and Triton {about['triton']}, commit "
+        f"{about['commit']}: the fastest backend of each op in {wanted} ({other} where it has none), its time, and its "
+        "share of what memory, matrix products or exponentials allow (bench/README.md). × reference and × peer: their "
+        "time over this one's, the fastest of those peers that were installed.",
         "",
-        "| op | case | backend | forward, ms | of limit | × reference | training, ms | of limit | × reference |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "| op | case | backend |" + "".join(f" {m}, ms | of limit | × reference | × peer |" for m in MODES),
+        "|---|---|---|" + "--:|" * 8,
     ]
     for name, op in sorted(OPS.items()):
         own = results.derived(c for c in cells if c["op"] == name)
         for case in dict.fromkeys(c["case"] for c in own):
-            lines.append(_row(name, [c for c in own if c["case"] == case and c["backend"] in op.names]))
+            lines.append(_row(name, wanted, [c for c in own if c["case"] == case and c["backend"] in op.names]))
         if not own:
-            lines.append(f"| `{name}` | not measured |" + " |" * 7)
+            lines.append(f"| `{name}` | not measured |" + " |" * 9)
     return "\n".join(lines)
 
 
-def _row(name: str, cells: list[results.Cell]) -> str:
+def _row(name: str, wanted: str, cells: list[results.Cell]) -> str:
     """One case of one op: the backend with the least time, forward and training, in the dtype shown."""
-    dtype = "bfloat16" if any(c["dtype"] == "bfloat16" for c in cells) else "float32"
+    dtype = wanted if any(c["dtype"] == wanted for c in cells) else cells[0]["dtype"]
     backend = min((c for c in cells if c["dtype"] == dtype), key=lambda c: (c["mode"] != "training", c["ms"]))[
         "backend"
     ]
     found = {c["mode"]: c for c in cells if c["dtype"] == dtype and c["backend"] == backend}
     row = [f"`{name}`", cells[0]["case"], backend]
-    for mode in ("forward", "training"):
+    for mode in MODES:
         if (c := found.get(mode)) is None:
-            row += ["not measured", "", ""]
+            row += ["not measured", "", "", ""]
         else:
             ratio = c["ratios"].get("reference")
+            peers = {b: r for b, r in c["ratios"].items() if b not in ("reference", "torch.compile")}
+            peer = min(peers, key=lambda b: peers[b], default=None)
             row += [f"{c['ms']:.3f}", f"{c['share']:.0%}", f"{ratio:.1f}" if ratio else ""]
+            row.append(f"{peers[peer]:.1f} {peer}" if peer else "")
     return "| " + " | ".join(row) + " |"
 
 

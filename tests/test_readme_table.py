@@ -44,7 +44,7 @@ def test_speed_without_results(tool, tmp_path):
 
 def test_speed_of_a_card(tool, tmp_path):
     """The least time of training chooses the backend; a mode or an op that nobody measured says so."""
-    about = {"machine": "NVIDIA X", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
+    about = {"machine": "NVIDIA X", "gpu": True, "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
     size = {"bytes": 1e6, "flops": 1e6, "limit": "copy", "limit_ms": 0.5, "device": "cuda"}
 
     def cell(op, backend, dtype, mode, ms):
@@ -62,7 +62,23 @@ def test_speed_of_a_card(tool, tmp_path):
     (tmp_path / "nvidia-x.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     lines = tool.speed(tmp_path).splitlines()
     assert lines[0].startswith("On NVIDIA X with torch 2.11.0 and Triton 3.6.0, commit abc")
-    assert "| `dyt` | T8 | triton | 2.000 | 25% | 0.5 | 4.000 | 12% | 2.5 |" in lines
-    assert "| `rotary` | T8 | reference | 1.000 | 50% |  | not measured |  |  |" in lines
+    assert "| `dyt` | T8 | triton | 2.000 | 25% | 0.5 |  | 4.000 | 12% | 2.5 |  |" in lines
+    assert "| `rotary` | T8 | reference | 1.000 | 50% |  |  | not measured |  |  |  |" in lines
     assert any(line.startswith("| `moe_ffn` | not measured |") for line in lines)
-    assert {line.count("|") for line in lines[2:]} == {10}
+    assert {line.count("|") for line in lines[2:]} == {12}
+
+
+def test_speed_of_a_processor_and_its_peers(tool, tmp_path):
+    """float32, the threads, and the fastest peer; the sentence that no GPU was timed stays."""
+    about = {"machine": "CPU X", "gpu": False, "threads": 2, "torch": "2.13.0", "triton": None, "commit": "abc"}
+    size = {"bytes": 1e6, "flops": 1e6, "limit": "exp", "limit_ms": 0.5, "device": "cpu", "dtype": "float32"}
+    times = {"native": 1.0, "reference": 9.0, "loop": 4.0, "mamba-ssm": 3.0}
+    cells = [
+        about | size | {"op": "selective_scan", "case": "T8", "backend": b, "mode": "forward", "ms": ms}
+        for b, ms in times.items()
+    ]
+    (tmp_path / "cpu-x.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
+    text = tool.speed(tmp_path)
+    assert text.startswith("No op has been timed on a GPU yet") and "On CPU X, 2 threads with" in text
+    row = "| `selective_scan` | T8 | native | 1.000 | 50% | 9.0 | 3.0 mamba-ssm | not measured |  |  |  |"
+    assert row in text.splitlines()

@@ -62,7 +62,7 @@ def least_scales(model, batch, half: bool) -> list[float]:
     results(model, model, batch, half)
     hook.remove()
     (out,), s = outputs, model.embedding.scale
-    terms = 0.0 if s is None else float((out * out.grad).abs().sum() / s.abs())
+    terms = 0.0 if s is None else float((out.detach() * out.grad).abs().sum() / s.detach().abs())
     return [0.0] * 4 + [terms if p is s else 0.0 for p in model.parameters()]
 
 
