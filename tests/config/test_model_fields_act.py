@@ -508,9 +508,10 @@ def retention_value_factor() -> None:
 
 @acts
 def retention_chunk() -> None:
-    """Cost: longer chunks keep more scores for the backward pass. The result stays."""
+    """Cost: longer chunks keep more scores for the backward pass. The result stays. auto leaves it to the op."""
+    assert retention_call().kwargs["chunk_size"] is None and retention_call(retention_chunk=8).kwargs["chunk_size"] == 8
     results, kept = [], []
-    x = torch.randn(1, 80, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # more than 8 K tokens
+    x = torch.randn(1, 80, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for chunk in (8, 40):
         with saved_bytes() as saved:
             results.append(mixer("retnet", retention_chunk=chunk)(x, dense(80)))

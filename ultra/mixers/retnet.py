@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch.nn.functional import silu
 
 from ultra.config.fields import ModelFields, Problem, head_problems
@@ -26,7 +26,9 @@ class RetNetFields(ModelFields):
     )
     retention_rotary: bool = Field(True, description="Rotate queries and keys by position.")
     retention_value_factor: int = Field(1, ge=1, le=4, description="Value width over hidden_size.")
-    retention_chunk: int = Field(64, ge=1, description="Chunk length of the chunkwise form.")
+    retention_chunk: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Chunk length of the chunkwise form; auto: what the backend finds cheapest for the length."
+    )
 
     def problems(self) -> Iterator[Problem]:
         first, last = self.retention_window
@@ -63,7 +65,7 @@ class RetNet(Mixer):
         self.direction: Literal["bidirectional", "forward"] = (
             "bidirectional" if cfg.retention_bidirectional else "forward"
         )
-        self.chunk_size = cfg.retention_chunk
+        self.chunk_size = None if cfg.retention_chunk == "auto" else cfg.retention_chunk
         self.qkvg = make_linear(cfg, D, 2 * self.H * (self.K + self.V))
         self.head_norm = RMSNorm(self.V, cfg.rms_norm_eps, elementwise_affine=False)
         self.out = make_linear(cfg, self.H * self.V, D, sub_norm=True, residual_out=True)
@@ -80,10 +82,8 @@ class RetNet(Mixer):
         q, k, v = (t.view(B, T, self.H, -1) for t in (q, k, v))
         if self.inv_freq is not None:
             q, k = (rotary(t, seqs.positions, inv_freq=self.inv_freq) for t in (q, k))
-        # up to about 8 K tokens one product of scores costs less than the states between chunks
-        chunk_size = self.chunk_size if seqs.max_seqlen > 8 * self.K else None
         y = retention(
             q, k, v, self.log_decay, scale=self.scale, direction=self.direction, cu_seqlens=seqs.cu_seqlens,
-            chunk_size=chunk_size,
+            chunk_size=self.chunk_size,
         )  # fmt: skip
         return self.out(silu(g) * self.head_norm(y).reshape(g.shape))
