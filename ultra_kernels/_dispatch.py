@@ -41,7 +41,8 @@ class Op:
     `order` maps a device type to backend names, best first; "reference" ends every list and serves unlisted devices.
     `why_not` maps every backend but the reference to a function of the tensors and options that `choose` is given; it
     returns None when the backend can run such a call, otherwise the reason. It looks at metadata alone and imports
-    nothing: torch.compile traces it. The backend's own file is imported when it first runs.
+    nothing: torch.compile traces it. The backend's own file is imported when it first runs. `kernels` is the package of
+    these files, where another op has them.
     """
 
     def __init__(
@@ -50,14 +51,16 @@ class Op:
         package: str,
         order: Mapping[str, tuple[str, ...]],
         why_not: dict[str, Callable[..., str | None]],
+        kernels: str | None = None,
     ) -> None:
         self.name, self.package, self.order, self._why_not = name, package, order, why_not
+        self.kernels = kernels or package
         self.names: tuple[str, ...] = tuple(dict.fromkeys(b for names in order.values() for b in names))
         OPS[name] = self
 
     def module(self, backend: str) -> ModuleType:
-        """The file of the op's folder that holds `backend`."""
-        return importlib.import_module(f"{self.package}.{_FILES[backend]}")
+        """The file that holds `backend`."""
+        return importlib.import_module(f"{self.kernels}.{_FILES[backend]}")
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """None when `backend` can run a call with these arguments, otherwise the reason."""

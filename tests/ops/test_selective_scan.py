@@ -11,7 +11,7 @@ from ultra_kernels import _native, selective_scan, use_backend
 from ultra_kernels._testing import compare, run, widened
 from ultra_kernels.selective_scan import native as scan_native
 from ultra_kernels.selective_scan.cases import scan_inputs
-from ultra_kernels.selective_scan.op import SEGMENT, saved_states
+from ultra_kernels.selective_scan.op import SEGMENT, Scan, saved_states
 
 BACKENDS = [
     "reference",
@@ -149,9 +149,8 @@ def test_extra_memory_is_of_the_order_of_the_inputs() -> None:
         u, A = torch.empty(1, D, L), torch.empty(1, D, states)
         B = torch.empty(1, 1, 1, states, L)
         saved = saved_states(u, A, None)
-        problem, _keep = scan_native._problem(
-            u, u[None], A, B, B, None, u, None, True, False, False, None, saved
-        )  # fmt: skip
+        scan = Scan(u, u[None], A, B, B, None, u, None, True, False, False, None)
+        problem, _keep = scan_native._problem(scan, saved)
         parts = 2 * C.scan_blocks(D, 1) * L * states
         per_thread = max(C.scan_forward_scratch(problem), C.scan_backward_scratch(problem))
         assert per_thread < 150_000  # tiles of a segment, whatever the length

@@ -42,7 +42,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 FOLDERS: dict[str, list[str]] = {}  # folder with Triton kernels -> its ops
 for name, op in OPS.items():
     if "triton" in op.names:
-        FOLDERS.setdefault(op.package.rsplit(".", 1)[1], []).append(name)
+        FOLDERS.setdefault(op.kernels.rsplit(".", 1)[1], []).append(name)
 
 
 @dataclasses.dataclass

@@ -10,14 +10,16 @@ from ..selective_scan.op import (
     ORDER,
     TENSORS,
     WHY_NOT,
+    Scan,
     check_scan,
     dense_like,
     fake_gradients,
     saved_states,
 )
+from ..selective_scan.op import OP as SELECTIVE_SCAN
 from . import reference
 
-OP = Op("bidirectional_scan", __package__, ORDER, WHY_NOT)
+OP = Op("bidirectional_scan", __package__, ORDER, WHY_NOT, kernels=SELECTIVE_SCAN.package)
 
 
 def bidirectional_scan(
@@ -65,16 +67,27 @@ def _gradients(ctx, grad, grad_saved):  # type: ignore[no-untyped-def]
     return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None, None, None
 
 
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, cu_seqlens) -> Scan:  # type: ignore[no-untyped-def]
+    rows = (B.unsqueeze(2), C.unsqueeze(2))
+    return Scan(u, delta, A, *rows, D, z, delta_bias, delta_softplus, False, shift, cu_seqlens)
+
+
+def _run_backward(grad, *args):  # type: ignore[no-untyped-def]
+    *inputs, saved, backend = args
+    du, ddelta, dA, dB, dC, *rest = OP.module(backend).backward(_scan(*inputs), grad, None, saved)
+    return du, ddelta, dA, dB[:, :, 0], dC[:, :, 0], *rest
+
+
 _forward, _backward = define_differentiable(
     f"bidirectional_scan({TENSORS}, bool shift, Tensor? cu_seqlens, str backend) -> (Tensor, Tensor)",
     f"bidirectional_scan_backward(Tensor grad, {TENSORS}, bool shift, Tensor? cu_seqlens, Tensor saved, "
     f"str backend) -> {GRADIENTS}",
-    forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
+    forward=lambda *args: OP.module(args[-1]).forward(_scan(*args[:-1]), False)[::2],
     forward_fake=lambda u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, cu_seqlens, backend: (
         dense_like(u),
         saved_states(u, A, cu_seqlens),
     ),
-    backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),
+    backward=_run_backward,
     backward_fake=lambda grad, *args: fake_gradients(*args[:8]),
     setup_context=_setup_context,
     gradients=_gradients,

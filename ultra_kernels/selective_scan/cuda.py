@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._cuda import Struct, count, launch, view
-from .op import SEGMENT, dense_like, saved_states
-
-# What the CUDA C++ takes has a leading direction axis D2 of size 1 or 2 and groups: delta [D2,B,D,L], A [D2,D,N],
-# B, C [D2,B,G,N,L], delta_bias [D2,D].
+from .op import SEGMENT, Scan, dense_like, saved_states
 
 # Blocks that keep a GPU busy: multiprocessors × blocks that their shared memory holds, forward (42 KB) and backward
 # (72 KB), by compute capability. Fewer channels than that, and time is cut into runs.
@@ -16,109 +13,27 @@ BUSY = {(8, 0): (108 * 3, 108 * 2), (9, 0): (132 * 5, 132 * 3)}
 BUSY_ELSEWHERE = (128 * 2, 128 * 1)
 
 
-def forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    direction: str,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, last_state, the states that backward() starts from)."""
-    sequences = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    last = torch.zeros(sequences, *A.shape, dtype=torch.float32, device=u.device)  # of empty sequences it stays
-    out, saved = scan_forward(
-        u, delta[None], A[None], grouped(B)[None], grouped(C)[None], D, z,
-        None if delta_bias is None else delta_bias[None], delta_softplus, direction == "backward", False,
-        cu_seqlens, last,
-    )  # fmt: skip
+def forward(scan: Scan, wants_last: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(out, last states, saved states); see Scan."""
+    u, out, saved = scan.u, dense_like(scan.u), saved_states(scan.u, scan.A, scan.cu_seqlens)
+    last = None  # of empty sequences it stays 0
+    if wants_last:
+        last = torch.zeros(scan.sequences, *scan.A.shape[1:], dtype=torch.float32, device=u.device)
+    saved[:, :, -(-u.shape[2] // SEGMENT) :].zero_()  # segments here do not end where sequences do: fewer slots serve
+    if u.numel():
+        run, runs = _runs(scan, False)
+        launch("selective_scan_forward", _problem(scan, saved, out, last, run, runs))
     return out, last, saved
 
 
 def backward(
-    grad: torch.Tensor,
-    grad_last: torch.Tensor | None,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    direction: str,
-    cu_seqlens: torch.Tensor | None,
-    saved: torch.Tensor,
+    scan: Scan, grad: torch.Tensor, grad_last: torch.Tensor | None, saved: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias; empty where the input is None."""
-    du, ddelta, dA, dB, dC, dD, dz, dbias = scan_backward(
-        grad, grad_last, u, delta[None], A[None], grouped(B)[None], grouped(C)[None], D, z,
-        None if delta_bias is None else delta_bias[None], delta_softplus, direction == "backward", False,
-        cu_seqlens, saved,
-    )  # fmt: skip
-    dbias = dbias if delta_bias is None else dbias[0]
-    return du, ddelta[0], dA[0], dB[0].view(B.shape), dC[0].view(C.shape), dD, dz, dbias
-
-
-def grouped(B: torch.Tensor) -> torch.Tensor:
-    """[...,N,L] with the group axis of [B,G,N,L]."""
-    return B.unsqueeze(-3) if B.dim() == 3 else B
-
-
-def scan_forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    shift: bool,
-    cu_seqlens: torch.Tensor | None,
-    last: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, saved states); `last` is written."""
-    out, saved = dense_like(u), saved_states(u, A, cu_seqlens)
-    saved[:, :, -(-u.shape[2] // SEGMENT) :].zero_()  # segments here do not end where sequences do: fewer slots serve
-    if u.numel():
-        run, runs = _runs(u, A, B, False)
-        problem = _problem(
-            u, delta, A, B, C, D, z, delta_bias, softplus, reverse, shift, cu_seqlens, saved, out, last, run, runs
-        )
-        launch("selective_scan_forward", problem)
-    return out, saved
-
-
-def scan_backward(
-    grad: torch.Tensor,
-    grad_last: torch.Tensor | None,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    shift: bool,
-    cu_seqlens: torch.Tensor | None,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias in their dtypes; empty where the input is None."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias; see Scan."""
+    u, delta, A, B, C, D, z, delta_bias, *_ = scan
     directions, batch, groups, states, length = B.shape
     channels = u.shape[1]
-    run, runs = _runs(u, A, B, True) if u.numel() else (1, 0)
+    run, runs = _runs(scan, True) if u.numel() else (1, 0)
     blocks = count("selective_scan_parts", channels // groups)
 
     def new(*shape: int) -> torch.Tensor:
@@ -131,10 +46,7 @@ def scan_backward(
     if u.numel():
         last = None if grad_last is None else grad_last.float().contiguous()
         gradients = Struct(view(du), view(dz), view(ddelta[0]), ddelta.stride(0), adjoint, dA, dD, dbias, dB, dC)
-        problem = _problem(
-            u, delta, A, B, C, D, z, delta_bias, softplus, reverse, shift, cu_seqlens, saved, grad, last, run, runs
-        )
-        launch("selective_scan_backward", problem, gradients)
+        launch("selective_scan_backward", _problem(scan, saved, grad, last, run, runs), gradients)
     # Sums of the parts in a fixed order: torch's reductions on a GPU use no atomics.
     return (
         du,
@@ -148,9 +60,9 @@ def scan_backward(
     )
 
 
-def _runs(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, backward: bool) -> tuple[int, int]:
+def _runs(scan: Scan, backward: bool) -> tuple[int, int]:
     """Segments per run and runs. Two directions: a segment each, so that one block reads it both ways."""
-    directions, batch, groups, _, length = B.shape
+    u, (directions, batch, groups, _, length) = scan.u, scan.B.shape
     segments = -(-length // SEGMENT)
     if directions == 2:
         return 1, segments
@@ -161,10 +73,11 @@ def _runs(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, backward: bool) -> 
     return run, -(-segments // run)
 
 
-def _problem(  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, softplus, reverse, shift, cu_seqlens, saved, out, last, run, runs
+def _problem(
+    scan: Scan, saved: torch.Tensor, out: torch.Tensor, last: torch.Tensor | None, run: int, runs: int
 ) -> Struct:
     """The C++ Scan."""
+    u, delta, A, B, C, D, z, delta_bias, softplus, reverse, shift, cu_seqlens = scan
     directions, batch, groups, states, length = B.shape
     B, C = (_rows(M) for M in (B, C))
     D, delta_bias = (None if t is None else t.float().contiguous() for t in (D, delta_bias))

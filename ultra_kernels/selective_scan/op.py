@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .. import _cuda, _native
@@ -169,6 +171,57 @@ def _gradients(ctx, grad, grad_last, grad_saved):  # type: ignore[no-untyped-def
     return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None, None, None
 
 
+class Scan(NamedTuple):
+    """What this op and bidirectional_scan ask of a backend, in one form; they share the backends' files.
+
+    u, z `[B,D,L]`; delta `[D2,B,D,L]`, A `[D2,D,N]`, B, C `[D2,B,G,N,L]`, D `[D]`, delta_bias `[D2,D]`: the direction
+    axis D2 has size 1, read backwards if `reverse`, or 2, first forwards and then backwards, summed. With `shift` the
+    result of a step is the output of the next one read. A backend's forward(scan, wants_last) returns the output, the
+    last states `[sequences,D,N]` if wanted, and the saved states; its backward(scan, grad, grad_last, saved) the
+    gradients of u to delta_bias in their dtypes and in this form, empty where the input is None.
+    """
+
+    u: torch.Tensor
+    delta: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor | None
+    z: torch.Tensor | None
+    delta_bias: torch.Tensor | None
+    softplus: bool
+    reverse: bool
+    shift: bool
+    cu_seqlens: torch.Tensor | None
+
+    @property
+    def sequences(self) -> int:
+        return self.u.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
+    def flags(self) -> dict[str, int]:
+        return {name: int(getattr(self, name)) for name in ("reverse", "shift", "softplus")}
+
+
+def grouped(B: torch.Tensor) -> torch.Tensor:
+    """B or C `[B,N,L]` or `[B,G,N,L]` with the group axis."""
+    return B.unsqueeze(1) if B.dim() == 3 else B
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens) -> Scan:  # type: ignore[no-untyped-def]
+    bias = None if delta_bias is None else delta_bias[None]
+    rows = (grouped(B)[None], grouped(C)[None])
+    return Scan(u, delta[None], A[None], *rows, D, z, bias, delta_softplus, direction == "backward", False, cu_seqlens)
+
+
+def _run_backward(grad, grad_last, *args):  # type: ignore[no-untyped-def]
+    *inputs, saved, backend = args
+    du, ddelta, dA, dB, dC, dD, dz, dbias = OP.module(backend).backward(_scan(*inputs), grad, grad_last, saved)
+    B, C, delta_bias = inputs[3], inputs[4], inputs[7]
+    dbias = dbias if delta_bias is None else dbias[0]
+    return du, ddelta[0], dA[0], dB[0].view(B.shape), dC[0].view(C.shape), dD, dz, dbias
+
+
 TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus"
@@ -179,13 +232,13 @@ _forward, _backward = define_differentiable(
     f"selective_scan({TENSORS}, str direction, Tensor? cu_seqlens, str backend) -> (Tensor, Tensor, Tensor)",
     f"selective_scan_backward(Tensor grad, Tensor? grad_last, {TENSORS}, str direction, Tensor? cu_seqlens, "
     f"Tensor saved, str backend) -> {GRADIENTS}",
-    forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
+    forward=lambda *args: OP.module(args[-1]).forward(_scan(*args[:-1]), True),
     forward_fake=lambda u, delta, A, B, C, D, z, delta_bias, delta_softplus, direction, cu_seqlens, backend: (
         dense_like(u),
         u.new_empty(u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *A.shape, dtype=torch.float32),
         saved_states(u, A, cu_seqlens),
     ),
-    backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),
+    backward=_run_backward,
     backward_fake=lambda grad, grad_last, *args: fake_gradients(*args[:8]),
     setup_context=_setup_context,
     gradients=_gradients,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .._triton import ARCHS, Configuration
-from .op import SEGMENT, dense_like, saved_states
+from .op import SEGMENT, Scan, dense_like, saved_states
 
 
 class Block(NamedTuple):
@@ -344,117 +344,32 @@ def backward_kernel(
 
 
 # ---- launches -------------------------------------------------------------------------------------------------------
-# What the kernels take has a leading direction axis of size 1 or 2 and groups: delta [directions,B,D,L],
-# A [directions,D,N], B, C [directions,B,G,N,L], delta_bias [directions,D].
-
-
-def forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    direction: str,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, last_state, the states that backward() starts from)."""
-    sequences = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    last = torch.zeros(sequences, *A.mT.shape, dtype=torch.float32, device=u.device)
-    out, saved = scan_forward(
-        u, delta[None], A[None], grouped(B)[None], grouped(C)[None], D, z,
-        None if delta_bias is None else delta_bias[None], delta_softplus, direction == "backward", False,
-        cu_seqlens, last,
-    )  # fmt: skip
-    return out, last.mT.contiguous(), saved
-
-
-def backward(
-    grad: torch.Tensor,
-    grad_last: torch.Tensor | None,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    direction: str,
-    cu_seqlens: torch.Tensor | None,
-    saved: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias; empty where the input is None."""
-    du, ddelta, dA, dB, dC, dD, dz, dbias = scan_backward(
-        grad, grad_last, u, delta[None], A[None], grouped(B)[None], grouped(C)[None], D, z,
-        None if delta_bias is None else delta_bias[None], delta_softplus, direction == "backward", False,
-        cu_seqlens, saved,
-    )  # fmt: skip
-    dbias = dbias if delta_bias is None else dbias[0]
-    return du, ddelta[0], dA[0], dB[0].view(B.shape), dC[0].view(C.shape), dD, dz, dbias
-
-
-def grouped(B: torch.Tensor) -> torch.Tensor:
-    """[...,N,L] with the group axis of [B,G,N,L]."""
-    return B.unsqueeze(-3) if B.dim() == 3 else B
-
-
-def scan_forward(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    shift: bool,
-    cu_seqlens: torch.Tensor | None,
-    last: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, saved states); `last` is written."""
-    out, saved = dense_like(u), saved_states(u, A, cu_seqlens)
-    if cu_seqlens is not None:
+def forward(scan: Scan, wants_last: bool) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(out, last states, saved states); see Scan."""
+    u, out, saved = scan.u, dense_like(scan.u), saved_states(scan.u, scan.A, scan.cu_seqlens)
+    last = None
+    if wants_last:
+        last = torch.zeros(scan.sequences, *scan.A.mT.shape[1:], dtype=torch.float32, device=u.device)
+    if scan.cu_seqlens is not None:
         saved.zero_()  # some slots stay unused
-    options = dict(reverse=int(reverse), shift=int(shift), softplus=int(softplus))
-    shared = _shared(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, saved, last, out, options, FORWARD)
+    shared = _shared(scan, saved, last, out, FORWARD)
     if u.numel():
-        sums = _float32(u, *((u.shape[0], u.shape[2], u.shape[1]) if len(A) == 2 else (1,)))
+        sums = _float32(u, *((u.shape[0], u.shape[2], u.shape[1]) if len(scan.A) == 2 else (1,)))
         forward_kernel[(shared.programs * shared.arguments["blocks"],)](
             out=out, sums=sums, **shared.arguments, **shared.options
         )
-    return out, saved
+    return out, None if last is None else last.mT.contiguous(), saved
 
 
-def scan_backward(
-    grad: torch.Tensor,
-    grad_last: torch.Tensor | None,
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    shift: bool,
-    cu_seqlens: torch.Tensor | None,
-    saved: torch.Tensor,
+def backward(
+    scan: Scan, grad: torch.Tensor, grad_last: torch.Tensor | None, saved: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias in their dtypes; empty where the input is None."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias; see Scan."""
+    u, delta, A, B, C, D, z, delta_bias, *_ = scan
     directions, batch, groups, states, length = B.shape
     channels = u.shape[1]
-    options = dict(reverse=int(reverse), shift=int(shift), softplus=int(softplus))
     last = None if grad_last is None else grad_last.mT.float().contiguous()
-    shared = _shared(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, saved, last, grad, options, BACKWARD)
+    shared = _shared(scan, saved, last, grad, BACKWARD)
     programs, blocks = shared.programs if u.numel() else 0, shared.arguments["blocks"]  # without steps sums are 0
     block_n, block_d, pieces = shared.options["BLOCK_N"], shared.options["BLOCK_D"], SEGMENT // shared.options["PIECE"]
     du, ddelta, dz = dense_like(u), dense_like(delta), None if z is None else dense_like(z)
@@ -491,12 +406,12 @@ class Shared:
         self.programs, self.arguments, self.options = programs, arguments, options
 
 
-def _shared(  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, saved, last, out, options, table
+def _shared(
+    scan: Scan, saved: torch.Tensor, last: torch.Tensor | None, out: torch.Tensor, table: dict[int, Block]
 ) -> Shared:
+    u, delta, A, B, C, D, z, delta_bias, *_, cu_seqlens = scan
     directions, batch, groups, states, length = B.shape
-    channels = u.shape[1]
-    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    channels, sequences = u.shape[1], scan.sequences
     # A program leaves a part of dA, N floats per channel: at most one for every SEGMENT steps
     programs = min(sequences, max(1, -(-batch * length // SEGMENT)))
     per_program = -(-sequences // max(programs, 1))
@@ -514,7 +429,7 @@ def _shared(  # type: ignore[no-untyped-def]
         B=batch, D=channels, T=length, N=states, blocks=groups * -(-(channels // groups) // block.channels),
         group_size=channels // groups, sequences=sequences, per_program=per_program, slots=saved.shape[2],
         directions=directions, packed=int(cu_seqlens is not None), has_D=int(D is not None), has_z=int(z is not None),
-        has_bias=int(delta_bias is not None), has_last=int(last is not None), **options,
+        has_bias=int(delta_bias is not None), has_last=int(last is not None), **scan.flags,
     )  # fmt: skip
     launch = dict(
         BLOCK_N=block_n, BLOCK_D=block.channels, SEGMENT=SEGMENT, PIECE=block.piece, num_warps=block.num_warps,
