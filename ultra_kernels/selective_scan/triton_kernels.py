@@ -187,6 +187,7 @@ def forward_kernel(
                         gate = _load(z_rows, t, z_time, ok & gated)
                         y *= tl.where(gated, gate * _sigmoid(gate), 1.0)
                         _store(out_rows, t, out_time, y, ok & (zero + final > 0))
+            tl.debug_barrier()  # one warp stores a vector, each loads it: the next direction finds the sums
             last_rows = last + s * (N * wide) + tile
             tl.store(last_rows, h, mask=both & (zero + has_last > 0)[None, :])
 
@@ -272,6 +273,7 @@ def backward_kernel(
                         dt = tl.where(ok, tl.where(soft, _softplus(x), x), 0.0)
                         enters = dt * _load(u_rows, t, u_time, ok)
                         h = tl.exp2(dt[None, :] * rates) * h + enters[None, :] * _states_at(B_of, t, B_time, n)[:, None]
+                tl.debug_barrier()
                 for back in range(0, count):
                     piece = count - 1 - back
                     h = tl.load(states_from + piece * BLOCK_N * state_row + scratch)
@@ -321,9 +323,10 @@ def backward_kernel(
                         du_t = dt * from_input
                         du_t += tl.load(du_rows + t.to(tl.int64) * D, mask=ok & (zero + direction > 0), other=0.0)
                         tl.store(du_rows + t.to(tl.int64) * D, du_t, mask=ok)
+        tl.debug_barrier()  # one warp stores a vector, each loads it: the sums are there from here on
         tl.store(dA + (program * directions + direction) * (N * wide) + tile, A_sum, mask=both)
         tl.store(dbias + (program * directions + direction).to(tl.int64) * D + d, bias_sum, mask=live)
-    # What the directions share: a lane reads what it wrote itself.
+    # What the directions share.
     for s in range(program * per_program, tl.minimum((program + 1) * per_program, sequences)):
         b, begin, length, _ = _sequence(cu_seqlens, s, T, packed, SEGMENT)
         u_rows, z_rows = _rows(u, b, d, u_batch, u_channel), _rows(z, b, d, z_batch, z_channel)
@@ -399,11 +402,12 @@ def backward(
     )
 
 
-class Shared:
-    """The arguments that forward and backward have in common, and the number of groups of sequences."""
+class Shared(NamedTuple):
+    """What forward and backward have in common: groups of sequences, arguments, constants and launch options."""
 
-    def __init__(self, programs: int, arguments: dict[str, Any], options: dict[str, int]) -> None:
-        self.programs, self.arguments, self.options = programs, arguments, options
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
 
 
 def _shared(
