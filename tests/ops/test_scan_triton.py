@@ -10,6 +10,7 @@ import torch
 from ultra_kernels import BackendUnavailable, bidirectional_scan, causal_conv1d, selective_scan
 from ultra_kernels._testing import compare, run, widened
 from ultra_kernels.selective_scan.cases import scan_inputs
+from ultra_kernels.selective_scan.op import SEGMENT
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -32,8 +33,11 @@ def scan_args(*shape: int, seed: int = 0, **options) -> dict:
 
 
 @interpreted
-def test_a_program_walks_several_short_sequences() -> None:
-    """70 steps in 6 sequences make 2 programs of 3: sums over sequences inside a program and over programs."""
+def test_a_program_walks_several_short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 sequences in 2 programs of 3: sums over sequences inside a program and over programs."""
+    from ultra_kernels.selective_scan import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "FILLED", 2)
     args = scan_args(1, 3, 70, 2, directions=(2,), cu=(0, 2, 2, 9, 30, 31, 70))
     assert_right(bidirectional_scan, args, 70 * 2 * 70)
 
@@ -112,6 +116,21 @@ def test_a_view_with_gaps_on_both_axes() -> None:
     torch.testing.assert_close(
         causal_conv1d(x, weight, backend="triton"), causal_conv1d(x, weight, backend="reference")
     )
+
+
+@pytest.mark.parametrize("length", [1, 64, 512, 8192])
+def test_scratch_of_backward_is_of_the_order_of_the_inputs(length: int) -> None:
+    """16 states a channel before every second step of a segment, beside the elements of u; a constant for small u."""
+    from ultra_kernels.selective_scan.triton_kernels import BACKWARD, FILLED, backward_programs
+
+    block = BACKWARD[16]
+    per_block = SEGMENT // block.piece * 16 * block.channels
+    for sequences in (1, 7, 1000):
+        for D in (32, 1536):
+            blocks = D // block.channels
+            programs = backward_programs(sequences, sequences * length, blocks)
+            assert 1 <= programs <= sequences
+            assert programs * blocks * per_block <= max(sequences * length * D, max(FILLED, blocks) * per_block)
 
 
 def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

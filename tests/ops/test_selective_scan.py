@@ -154,6 +154,12 @@ def test_extra_memory_is_of_the_order_of_the_inputs() -> None:
         parts = 2 * C.scan_blocks(D, 1) * L * states
         per_thread = max(C.scan_forward_scratch(problem), C.scan_backward_scratch(problem))
         assert per_thread < 150_000  # tiles of a segment, whatever the length
+        both = Scan(u, u.expand(2, *u.shape), A.expand(2, -1, -1), *(B.expand(2, -1, -1, -1, -1),) * 2, None, u,
+                    None, True, False, True, None)  # fmt: skip
+        saved = saved_states(u, both.A, None)
+        problem, _keep = scan_native._problem(both, saved)
+        per_thread = max(C.scan_forward_scratch(problem), C.scan_backward_scratch(problem))
+        assert per_thread < 200_000 + 2 * 64 * L  # and what the first direction found for 64 channels
         assert saved.numel() + parts <= u.numel()
 
 

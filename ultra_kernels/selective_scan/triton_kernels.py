@@ -36,6 +36,8 @@ class Block(NamedTuple):
 # By padded number of states. No architecture spills these; a thread's addresses take as much room as its states.
 FORWARD = {16: Block(32, 1, 1), 64: Block(32, 2, 4)}
 BACKWARD = {16: Block(32, 2, 4), 64: Block(16, 2, 8)}
+STEPS_OF_PROGRAM = 512  # at least, in backward: its scratch, SEGMENT / 2 states, is then no larger than u at N = 16
+FILLED = 256  # programs that backward may have all the same, so that small batches fill a GPU: 17 MB of scratch
 FUSION = True  # Triton's own default differs between versions
 
 
@@ -416,10 +418,10 @@ def _shared(
     u, delta, A, B, C, D, z, delta_bias, *_, cu_seqlens = scan
     directions, batch, groups, states, length = B.shape
     channels, sequences = u.shape[1], scan.sequences
-    # A program leaves a part of dA, N floats per channel: at most one for every SEGMENT steps
-    programs = min(sequences, max(1, -(-batch * length // SEGMENT)))
-    per_program = -(-sequences // max(programs, 1))
     block_n, block = next((n, block) for n, block in table.items() if n >= states)
+    blocks = groups * -(-(channels // groups) // block.channels)
+    programs = sequences if table is FORWARD else backward_programs(sequences, batch * length, blocks)
+    per_program = -(-sequences // max(programs, 1))
     A = A.detach().mT.float().contiguous()  # channels last everywhere: every tile then has the layout of the states
     B_rows, C_rows = (_padded(M.detach(), block_n) for M in (B, C))
     borders = u.new_empty(0, dtype=torch.int32) if cu_seqlens is None else cu_seqlens.contiguous()
@@ -430,7 +432,7 @@ def _shared(
         saved=saved, last=A if last is None else last, cu_seqlens=borders,
         **_steps("u", u), **_steps("delta", delta[0]), **_steps("z", z), **_steps("out", out),
         delta_direction=delta.stride(0), **_row_steps("B", B_rows), **_row_steps("C", C_rows),
-        B=batch, D=channels, T=length, N=states, blocks=groups * -(-(channels // groups) // block.channels),
+        B=batch, D=channels, T=length, N=states, blocks=blocks,
         group_size=channels // groups, sequences=sequences, per_program=per_program, slots=saved.shape[2],
         directions=directions, packed=int(cu_seqlens is not None), has_D=int(D is not None), has_z=int(z is not None),
         has_bias=int(delta_bias is not None), has_last=int(last is not None), **scan.flags,
@@ -440,6 +442,11 @@ def _shared(
         enable_fp_fusion=FUSION,
     )  # fmt: skip
     return Shared(-(-sequences // max(per_program, 1)), arguments, launch)
+
+
+def backward_programs(sequences: int, steps: int, blocks: int) -> int:
+    """Groups of sequences. Each has scratch states and a part of dA: they stay of the order of the inputs."""
+    return min(sequences, max(1, steps // STEPS_OF_PROGRAM, FILLED // max(blocks, 1)))
 
 
 def _float32(like: torch.Tensor, *shape: int) -> torch.Tensor:
