@@ -1,4 +1,6 @@
-// Products of small float32 matrices that lie in cache: tiles whose rows are padded with zeros to whole vectors.
+// Products of small matrices that lie in cache: tiles whose rows are padded with zeros to whole vectors. The factors are
+// of words: a word is a float, or a Pair of bfloat16 numbers that are neighbours along the axis which is summed over.
+// Sums are float32. Where the processor has no dot product of pairs, there are only floats.
 #pragma once
 
 #include "common/simd.h"
@@ -12,52 +14,89 @@ constexpr int kProductVectors = kLanes == 16 ? 4 : 2;
 
 static inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// The left factor: element (i, k) is data[i * row + k * inner]. A transposed tile has row = 1.
-struct Factor {
-    const float* data;
+struct Pair { uint32_t bits; };      // the first number in the low half
+struct Rounded { uint16_t bits; };   // one of its numbers; subnormal ones become 0
+
+template <typename Word> constexpr int kNumbers = 1;  // of a word
+template <> constexpr int kNumbers<Pair> = 2;
+// The words that n numbers take along the axis which is summed over.
+template <typename Word> constexpr int64_t words(int64_t n) { return (n + kNumbers<Word> - 1) / kNumbers<Word>; }
+
+static inline float* numbers(float* words) { return words; }
+static inline Rounded* numbers(Pair* words) { return (Rounded*)words; }
+
+static inline vf multiply_add(float a, vf b, vf sum) { return sum + splat(a) * b; }
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;  // there is a dot product of pairs
+static inline __m512bh load(const Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
+static inline vf multiply_add(Pair a, __m512bh b, vf sum) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a.bits), b);
+}
+// The pairs (a[i], b[i]), rounded to nearest even.
+static inline void store(Pair* p, vf a, vf b) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)));
+}
+static inline vf load(const Rounded* p) { return load((const BF16*)p); }
+static inline void store(Rounded* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+constexpr bool kPairs = false;  // what follows is then never called
+static inline vf load(const Pair*) { __builtin_trap(); }
+static inline vf load(const Rounded*) { __builtin_trap(); }
+static inline void store(Rounded*, vf) { __builtin_trap(); }
+static inline void store(Pair*, vf, vf) { __builtin_trap(); }
+static inline vf multiply_add(Pair, vf, vf) { __builtin_trap(); }
+#endif
+
+// The left factor: word (i, k) is data[i * row + k * inner]. A transposed tile has row = 1.
+template <typename Word> struct Factor {
+    const Word* data;
     int64_t row, inner;
 };
 
 // Where the product goes: element (i, j) is multiplied by by_row[i] and by_distance[j - i] where there are such, then
 // added to data[i * row + j] or stored there.
-struct Product {
-    float* data;
+template <typename T = float> struct Product {
+    T* data;
     int64_t row;
     bool add = false;
     const float* by_row = nullptr;
     const float* by_distance = nullptr;
 };
 
-template <int rows, int vectors>
-static inline void multiply_tile(int64_t inner, const Factor& a, const float* b, int64_t b_row, const Product& to,
-                                 int64_t i, int64_t j) {
+template <typename T> static inline Product<T> product(T* data, int64_t row, const float* by_distance) {
+    return {data, row, false, nullptr, by_distance};
+}
+
+template <int rows, int vectors, typename Word, typename T>
+static inline void multiply_tile(int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row,
+                                 const Product<T>& to, int64_t i, int64_t j) {
     vf sum[rows][vectors];
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) sum[r][v] = splat(0.0f);
-    const float* left = a.data + i * a.row;
-    const float* right = b + j;
+    const Word* left = a.data + i * a.row;
+    const Word* right = b + j;
     for (int64_t k = 0; k < inner; ++k, left += a.inner, right += b_row) {
-        vf x[vectors];
+        decltype(load(right)) x[vectors];
         for (int v = 0; v < vectors; ++v) x[v] = load(right + v * kLanes);
-        for (int r = 0; r < rows; ++r) {
-            const vf factor = splat(left[r * a.row]);
-            for (int v = 0; v < vectors; ++v) sum[r][v] += factor * x[v];
-        }
+        for (int r = 0; r < rows; ++r)
+            for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(left[r * a.row], x[v], sum[r][v]);
     }
     for (int r = 0; r < rows; ++r) {
         for (int v = 0; v < vectors; ++v) {
             vf x = sum[r][v];
             if (to.by_distance) x *= load(to.by_distance + j + v * kLanes - (i + r));
             if (to.by_row) x *= to.by_row[i + r];
-            float* at = to.data + (i + r) * to.row + j + v * kLanes;
+            T* at = to.data + (i + r) * to.row + j + v * kLanes;
             store(at, to.add ? load(at) + x : x);
         }
     }
 }
 
-template <int vectors>
-static inline void multiply_columns(int64_t rows, int64_t inner, const Factor& a, const float* b, int64_t b_row,
-                                    const Product& to, int64_t j) {
+template <int vectors, typename Word, typename T>
+static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row,
+                                    const Product<T>& to, int64_t j) {
     int64_t i = 0;
     for (; i + kProductRows <= rows; i += kProductRows)
         multiply_tile<kProductRows, vectors>(inner, a, b, b_row, to, i, j);
@@ -70,35 +109,77 @@ static inline void multiply_columns(int64_t rows, int64_t inner, const Factor& a
     }
 }
 
-// to [rows, columns] = a [rows, inner] b [inner, columns]; b's rows are b_row floats apart.
-static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor& a, const float* b,
-                            int64_t b_row, const Product& to) {
+// to [rows, columns] = a [rows, inner] b [inner, columns]; `inner` counts words, b's rows are b_row words apart.
+template <typename Word, typename T>
+static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor<Word>& a, const Word* b,
+                            int64_t b_row, const Product<T>& to) {
     int64_t j = 0;
     for (; j + kProductVectors * kLanes <= padded(columns); j += kProductVectors * kLanes)
         multiply_columns<kProductVectors>(rows, inner, a, b, b_row, to, j);
     for (; j < padded(columns); j += kLanes) multiply_columns<1>(rows, inner, a, b, b_row, to, j);
 }
 
-// to [columns, padded(rows)] = the transpose of from [rows, columns]; the padding becomes 0.
-static inline void transpose(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to) {
+// to [columns, padded(rows)] = the transpose of from [rows, columns], in words; the padding becomes 0. Rows of `from` are
+// padded to whole vectors.
+template <typename Word>
+static inline void transpose(int64_t rows, int64_t columns, const Word* from_words, int64_t from_row, Word* to_words) {
+    static_assert(sizeof(Word) == sizeof(float), "words are moved as floats");
+    const auto* from = (const float*)from_words;
+    auto* to = (float*)to_words;
     const int64_t to_row = padded(rows);
-    for (int64_t i = 0; i < rows; i += kLanes) {
+    for (int64_t i = 0; i < rows; i += kLanes, from += kLanes * from_row) {
         const int lanes = rows - i < kLanes ? (int)(rows - i) : kLanes;
-        for (int64_t c = 0; c < columns; ++c) {
-            vf x = splat(0.0f);
-            if (lanes == kLanes)
-                for (int r = 0; r < kLanes; ++r) x[r] = from[(i + r) * from_row + c];
-            else
-                for (int r = 0; r < lanes; ++r) x[r] = from[(i + r) * from_row + c];
-            store(to + c * to_row + i, x);
+        for (int64_t c = 0; c < columns; c += 4) {
+            vf x[4];
+            if (lanes == kLanes) {
+                for (int r = 0; r < 4; ++r) x[r] = load_quads(from + r * from_row + c, 4 * from_row);
+                transpose_quads(x);
+            } else {
+                for (int q = 0; q < 4; ++q) {
+                    x[q] = splat(0.0f);
+                    for (int r = 0; r < lanes; ++r) x[q][r] = from[r * from_row + c + q];
+                }
+            }
+            for (int q = 0; q < 4 && c + q < columns; ++q) store(to + (c + q) * to_row + i, x[q]);
         }
     }
 }
 
-// to [rows, width] = by_row[i] * from, both with rows of `width` floats, a multiple of kLanes.
-static inline void scale_rows(int64_t rows, int64_t width, const float* from, const float* by_row, float* to) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < width; j += kLanes) store(to + i * width + j, load(from + i * width + j) * by_row[i]);
+// A tile [rows, columns]. `along` holds pairs of neighbours in a row, to be summed over the columns; `down` holds pairs
+// of neighbours in a column, to be summed over the rows. With floats both are the same memory.
+template <typename Word> struct Tile {
+    int64_t columns;
+    Word *along, *down;
+
+    int64_t along_row() const { return padded(words<Word>(columns)); }
+    int64_t down_row() const { return padded(columns); }
+    auto* rows() const { return numbers(along); }  // rows of numbers, rows_row() apart
+    int64_t rows_row() const { return along_row() * kNumbers<Word>; }
+    Factor<Word> left() const { return {along, along_row(), 1}; }
+    Factor<Word> left_turned() const { return {down, 1, down_row()}; }
+};
+
+// Rows [rows, columns], times by_row[i] where there is such, as a tile's `down`; the padding of `from` is finite.
+static inline void to_down(int64_t rows, int64_t columns, const float* from, int64_t from_row, const float* by_row,
+                           float* to) {
+    for (int64_t i = 0; i < rows; ++i, from += from_row, to += padded(columns))
+        for (int64_t j = 0; j < columns; j += kLanes) store(to + j, load(from + j) * (by_row ? by_row[i] : 1.0f));
+}
+template <typename T>
+static inline void to_down(int64_t rows, int64_t columns, const T* from, int64_t from_row, const float* by_row,
+                           Pair* to) {
+    for (int64_t i = 0; i < rows; i += 2, from += 2 * from_row, to += padded(columns)) {
+        const bool both = i + 1 < rows;
+        const float first = by_row ? by_row[i] : 1.0f, second = by_row && both ? by_row[i + 1] : 1.0f;
+        for (int64_t j = 0; j < columns; j += kLanes)
+            store(to + j, load(from + j) * first, both ? load(from + from_row + j) * second : splat(0.0f));
+    }
+}
+
+// `down` of a tile whose `along` is filled.
+static inline void fill_down(int64_t, const Tile<float>&) {}
+static inline void fill_down(int64_t rows, const Tile<Pair>& x) {
+    to_down(rows, x.columns, x.rows(), x.rows_row(), nullptr, x.down);
 }
 
 }  // namespace ULTRA_ISA

@@ -108,6 +108,40 @@ template <typename T> static inline vf load_part(const T* p, int n, float fill =
 template <typename T> static inline void store_part(T* p, vf v, int n) {
     for (int i = 0; i < n; ++i) store_scalar(p + i, v[i]);
 }
+// Four elements from p, four from p + step, and so on.
+static inline vf load_quads(const float* p, int64_t step) {
+#if defined(__AVX512F__)
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(p + step), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * step), 2);
+    return (vf)_mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * step), 3);
+#elif defined(__AVX2__)
+    return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+#else
+    return load(p);
+#endif
+}
+// Each group of four lanes becomes column i of the 4 x 4 matrix that the groups at its place make up.
+static inline void transpose_quads(vf x[4]) {
+#if defined(__AVX512F__)
+    const __m512d a = (__m512d)_mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]);
+    const __m512d b = (__m512d)_mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]);
+    const __m512d c = (__m512d)_mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]);
+    const __m512d d = (__m512d)_mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]);
+    x[0] = (vf)_mm512_unpacklo_pd(a, c), x[1] = (vf)_mm512_unpackhi_pd(a, c);
+    x[2] = (vf)_mm512_unpacklo_pd(b, d), x[3] = (vf)_mm512_unpackhi_pd(b, d);
+#elif defined(__AVX2__)
+    const __m256d a = (__m256d)_mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]);
+    const __m256d b = (__m256d)_mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+    const __m256d c = (__m256d)_mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]);
+    const __m256d d = (__m256d)_mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
+    x[0] = (vf)_mm256_unpacklo_pd(a, c), x[1] = (vf)_mm256_unpackhi_pd(a, c);
+    x[2] = (vf)_mm256_unpacklo_pd(b, d), x[3] = (vf)_mm256_unpackhi_pd(b, d);
+#else
+    const vf a = x[0], b = x[1], c = x[2], d = x[3];
+    for (int i = 0; i < 4; ++i) x[i] = vf{a[i], b[i], c[i], d[i]};
+#endif
+}
 static inline float sum(vf v) {  // pairwise, so the order does not depend on the compiler
     for (int w = kLanes / 2; w > 0; w /= 2)
         for (int i = 0; i < w; ++i) v[i] += v[i + w];

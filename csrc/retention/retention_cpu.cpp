@@ -9,6 +9,8 @@
 // The gradients of k and v are the same sums over q dout^T, which look the other way.
 // With C = K = V a chunk costs 6 products C^3 forward and 15 backward; with one or two chunks the states that are zero
 // are left out, which is then as cheap as a whole tile of scores.
+// Where the processor multiplies pairs of bfloat16 numbers and q, k, v are such, the factors of all products are rounded to
+// them (scores, decayed rows, states); sums, states and gradients until they are stored are float32.
 #include "retention/retention.h"
 
 #include "common/gates.h"
@@ -33,10 +35,28 @@ struct Pieces {
     float* base;
     int64_t used = 0;
 
-    float* take(int64_t floats) {
+    template <typename Word = float> Word* take(int64_t n) {  // floats or pairs: both have 4 bytes
         float* piece = base ? base + used : nullptr;
-        used += (floats + 15) / 16 * 16;
-        return piece;
+        used += (n + 15) / 16 * 16;
+        return (Word*)piece;
+    }
+    template <typename Word> Tile<Word> tile(int64_t rows, int64_t columns) {
+        Tile<Word> t{columns, nullptr, nullptr};
+        t.along = take<Word>(rows * t.along_row());
+        t.down = words<Word>(2) == 2 ? t.along : take<Word>(words<Word>(rows) * t.down_row());
+        return t;
+    }
+};
+
+// A right factor of a product, made for it, and rows to make it from.
+template <typename Word> struct Scratch {
+    Word *right = nullptr, *rounded = nullptr;
+
+    Scratch() = default;
+    Scratch(const RetentionProblem& p, Pieces& pieces) {
+        const int64_t longest = max_of(p.chunk, max_of(p.K, p.V));
+        right = pieces.take<Word>(longest * padded(longest));
+        rounded = pieces.take<Word>(kNumbers<Word> == 1 ? 0 : p.K * padded(words<Word>(p.V)));
     }
 };
 
@@ -55,11 +75,11 @@ struct Task {
 };
 
 template <typename T>
-static void load_rows(const T* from, int64_t step, int64_t rows, int64_t columns, float factor, float* to) {
+static void load_rows(const T* from, int64_t step, int64_t rows, int64_t columns, float* to) {
     for (int64_t i = 0; i < rows; ++i, from += step, to += padded(columns)) {
         int64_t c = 0;
-        for (; c + kLanes <= columns; c += kLanes) store(to + c, load(from + c) * factor);
-        if (c < columns) store(to + c, load_part(from + c, (int)(columns - c)) * factor);
+        for (; c + kLanes <= columns; c += kLanes) store(to + c, load(from + c));
+        if (c < columns) store(to + c, load_part(from + c, (int)(columns - c)));
     }
 }
 
@@ -75,13 +95,23 @@ static int64_t offset(const HeadRows& x, const Task& t, int64_t row) {
     return t.batch * x.batch + (t.begin + row) * x.time + t.head * x.head;
 }
 
-// Rows [first, first + rows) of the task as a tile, times `factor`.
-static void load_rows(const HeadRows& x, const Task& t, int64_t first, int64_t rows, int64_t columns, float factor,
-                      float* to) {
+// Rows [first, first + rows) of the task as a tile; its `down` where that is asked for.
+static void load_tile(const HeadRows& x, const Task& t, int64_t first, int64_t rows, const Tile<float>& to, bool) {
     const int64_t at = offset(x, t, first);
-    if (x.dtype == kBFloat16) load_rows((const BF16*)x.data + at, x.time, rows, columns, factor, to);
-    else if (x.dtype == kFloat16) load_rows((const FP16*)x.data + at, x.time, rows, columns, factor, to);
-    else load_rows((const float*)x.data + at, x.time, rows, columns, factor, to);
+    if (x.dtype == kBFloat16) load_rows((const BF16*)x.data + at, x.time, rows, to.columns, to.along);
+    else if (x.dtype == kFloat16) load_rows((const FP16*)x.data + at, x.time, rows, to.columns, to.along);
+    else load_rows((const float*)x.data + at, x.time, rows, to.columns, to.along);
+}
+static inline void load_tile(const HeadRows& x, const Task& t, int64_t first, int64_t rows, const Tile<Pair>& to,
+                             bool down) {
+    const BF16* from = (const BF16*)x.data + offset(x, t, first);
+    const int64_t row = to.along_row(), whole = to.columns / 32 * 32, rest = to.columns - whole;
+    for (int64_t i = 0; i < rows; ++i, from += x.time) {
+        BF16* copy = (BF16*)(to.along + i * row);
+        for (int64_t c = 0; c < whole; c += 32) memcpy(copy + c, from + c, 64);
+        if (rest) memset(copy + whole, 0, 64), memcpy(copy + whole, from + whole, rest * sizeof(BF16));
+    }
+    if (down) fill_down(rows, to);
 }
 
 static void store_rows(const float* from, const HeadRows& x, const Task& t, int64_t first, int64_t rows,
@@ -92,19 +122,20 @@ static void store_rows(const float* from, const HeadRows& x, const Task& t, int6
     else store_rows(from, x.time, rows, columns, (float*)x.data + at);
 }
 
-// Powers of gamma. Those below the smallest normal number are 0: products with subnormal numbers are slow.
+// Powers of gamma, all times `factor`. Those below the smallest normal number are 0: products with subnormal numbers are slow.
 struct Powers {
     float rising[kRetentionMaxChunk + 1 + 16];   // gamma^i
     float falling[kRetentionMaxChunk + 16];      // gamma^(chunk-1-i)
     float distance[2 * kRetentionMaxChunk + 16];  // at kRetentionMaxChunk + d: the weight of a key d after its query
+    float constant[kRetentionMaxChunk];           // 1
     int64_t chunk;
 
-    Powers(const RetentionProblem& p, int64_t head) : chunk(p.chunk) {
+    Powers(const RetentionProblem& p, int64_t head, float factor = 1.0f) : chunk(p.chunk) {
         const float rate = p.log_decay[head] < -1e4f ? -1e4f : p.log_decay[head];  // -infinity * 0 is no number
         for (int64_t i = 0; i <= chunk; i += kLanes) {
             vf x;
             for (int lane = 0; lane < kLanes; ++lane) x[lane] = rate * 1.44269504088896f * (float)(i + lane);
-            store(rising + i, select(x < -126.0f, splat(0.0f), exp2(x)));
+            store(rising + i, select(x < -126.0f, splat(0.0f), exp2(x)) * factor);
         }
         for (int64_t i = 0; i < chunk; ++i) falling[i] = rising[chunk - 1 - i];
         for (int64_t d = 0; d < kRetentionMaxChunk; ++d) {
@@ -113,6 +144,7 @@ struct Powers {
             distance[kRetentionMaxChunk - d] = p.left || d == 0 ? power : 0.0f;
         }
         distance[0] = 0.0f;
+        for (int64_t i = 0; i < kRetentionMaxChunk; ++i) constant[i] = factor;
         for (int i = 0; i < 16; ++i) distance[2 * kRetentionMaxChunk + i] = 0.0f;
     }
     const float* after() const { return rising + 1; }                              // gamma^(j+1)
@@ -130,12 +162,14 @@ struct State {
     int64_t row() const { return padded(width); }
     int64_t size() const { return height * row(); }
 
-    // This becomes decay * from + sum over rows of by_row[j] * a_j b_j^T. a and b are tiles, `weighted` is scratch.
-    void advance(const State& from, float decay, int64_t rows, const float* a, const float* b, const float* by_row,
-                 float* weighted) {
+    // This becomes decay * from + sum over rows of by_row[j] * a_j b_j^T.
+    template <typename Word>
+    void advance(const State& from, float decay, int64_t rows, const Tile<Word>& a, const Tile<Word>& b,
+                 const float* by_row, const Scratch<Word>& m) {
         for (int64_t i = 0; !from.empty && i < size(); i += kLanes) store(data + i, load(from.data + i) * decay);
-        scale_rows(rows, row(), b, by_row, weighted);
-        multiply(height, width, rows, {a, 1, padded(height)}, weighted, row(), {data, row(), !from.empty});
+        to_down(rows, width, b.rows(), b.rows_row(), by_row, m.right);
+        multiply(height, width, words<Word>(rows), a.left_turned(), m.right, row(),
+                 Product<>{data, row(), !from.empty});
         empty = false;
     }
     // From and to [K, V] without padding; `turned`: this holds the transpose.
@@ -152,10 +186,32 @@ struct State {
 };
 
 // out [rows, width] += by_row * (a [rows, height] state)
-static void add_state(int64_t rows, const float* a, const State& state, const float* by_row, float* out) {
+template <typename Word>
+static void add_state(int64_t rows, const Tile<Word>& a, const State& state, const float* by_row, float* out,
+                      const Scratch<Word>& m) {
     if (state.empty) return;
-    multiply(rows, state.width, state.height, {a, padded(state.height), 1}, state.data, state.row(),
-             {out, state.row(), true, by_row});
+    const Word* right = m.right;
+    if constexpr (kNumbers<Word> == 1) right = state.data;
+    else to_down(state.height, state.width, state.data, state.row(), nullptr, m.right);
+    multiply(rows, state.width, words<Word>(state.height), a.left(), right, state.row(),
+             Product<>{out, state.row(), true, by_row});
+}
+
+// out [rows, height] += by_row * (a [rows, width] state^T)
+template <typename Word>
+static void add_state_turned(int64_t rows, const Tile<Word>& a, const State& state, const float* by_row, float* out,
+                             const Scratch<Word>& m) {
+    if (state.empty) return;
+    const int64_t width = words<Word>(state.width), row = padded(state.height);
+    if constexpr (kNumbers<Word> == 1) {
+        transpose(state.height, width, state.data, state.row(), m.right);
+    } else {
+        for (int64_t i = 0; i < state.height; ++i)
+            for (int64_t c = 0; c < state.width; c += kLanes)
+                store(numbers(m.rounded + i * padded(width)) + c, load(state.data + i * state.row() + c));
+        transpose(state.height, width, m.rounded, padded(width), m.right);
+    }
+    multiply(rows, state.height, width, a.left(), m.right, row, Product<>{out, row, true, by_row});
 }
 
 static const float* of_task(const float* states, const RetentionProblem& p, const Task& t) {
@@ -165,126 +221,137 @@ static float* of_task(float* states, const RetentionProblem& p, const Task& t) {
     return const_cast<float*>(of_task((const float*)states, p, t));
 }
 
+// The scores of the rows of a and b: by_distance * (a b^T).
+template <typename Word>
+static void fill_scores(int64_t rows, const Tile<Word>& a, const Tile<Word>& b, const float* by_distance,
+                        const Tile<Word>& to, const Scratch<Word>& m) {
+    transpose(rows, words<Word>(b.columns), b.along, b.along_row(), m.right);
+    multiply(rows, rows, words<Word>(a.columns), a.left(), m.right, padded(rows),
+             product(to.rows(), to.rows_row(), by_distance));
+}
+
+// Calls f(a word): what the factors of the products are made of.
+template <typename F> static int64_t with_words(const RetentionProblem& p, const F& f) {
+    const bool bfloat16 = p.q.dtype == kBFloat16 && p.k.dtype == kBFloat16 && p.v.dtype == kBFloat16;
+    if constexpr (kPairs)
+        if (bfloat16) return f(Pair{});
+    return f(float{});
+}
+
 // ---- forward --------------------------------------------------------------------------------------------------------
-struct Forward {
-    float *q, *k, *v, *k_turned, *scores, *out, *weighted, *left, *right;
+template <typename Word> struct Forward {
+    Tile<Word> q, k, v, scores;
+    Scratch<Word> scratch;
+    float *out, *left, *right;
 
     Forward(const RetentionProblem& p, Pieces& pieces) {
-        const int64_t C = p.chunk, K = padded(p.K), V = padded(p.V);
-        q = pieces.take(C * K), k = pieces.take(C * K), v = pieces.take(C * V);
-        k_turned = pieces.take(p.K * padded(C)), scores = pieces.take(C * padded(C));
-        out = pieces.take(C * V), weighted = pieces.take(C * V), left = pieces.take(p.K * V);
+        const int64_t C = p.chunk, V = padded(p.V);
+        q = pieces.tile<Word>(C, p.K), k = pieces.tile<Word>(C, p.K), v = pieces.tile<Word>(C, p.V);
+        scores = pieces.tile<Word>(C, C), scratch = Scratch<Word>(p, pieces);
+        out = pieces.take(C * V), left = pieces.take(p.K * V);
         right = pieces.take(p.right ? most_chunks(p) * p.K * V : 0);  // one per chunk
     }
 };
 
-int64_t retention_forward_scratch(const RetentionProblem& p) {
-    Pieces pieces{nullptr};
-    Forward(p, pieces);
-    return pieces.used;
-}
-
-static void forward_task(const RetentionProblem& p, const Task& t, const HeadRows& out, float* last, const Forward& m) {
-    const Powers powers(p, t.head);
+template <typename Word>
+static void forward_task(const RetentionProblem& p, const Task& t, const HeadRows& out, float* last,
+                         const Forward<Word>& m) {
+    const Powers decay(p, t.head), scaled(p, t.head, p.scale[t.head]);
     auto right = [&](int64_t c) { return State{m.right + c * p.K * padded(p.V), p.K, p.V}; };
     State after{nullptr, p.K, p.V};
     for (int64_t c = t.chunks - 1; p.right && c > 0; --c) {
         const int64_t rows = t.rows(p, c);
-        load_rows(p.k, t, c * p.chunk, rows, p.K, 1.0f, m.k);
-        load_rows(p.v, t, c * p.chunk, rows, p.V, 1.0f, m.v);
+        load_tile(p.k, t, c * p.chunk, rows, m.k, true);
+        load_tile(p.v, t, c * p.chunk, rows, m.v, false);
         State before = right(c - 1);
-        before.advance(after, powers.over(rows), rows, m.k, m.v, powers.after(), m.weighted);
+        before.advance(after, decay.over(rows), rows, m.k, m.v, decay.after(), m.scratch);
         after = before;
     }
     State left{m.left, p.K, p.V};
     if (const float* initial = of_task(p.initial, p, t)) left.read(initial, false);
     for (int64_t c = 0; c < t.chunks; ++c) {
-        const int64_t rows = t.rows(p, c), first = c * p.chunk;
-        load_rows(p.q, t, first, rows, p.K, p.scale[t.head], m.q);
-        load_rows(p.k, t, first, rows, p.K, 1.0f, m.k);
-        load_rows(p.v, t, first, rows, p.V, 1.0f, m.v);
-        transpose(rows, p.K, m.k, padded(p.K), m.k_turned);
-        multiply(rows, rows, p.K, {m.q, padded(p.K), 1}, m.k_turned, padded(rows),
-                 {m.scores, padded(rows), false, nullptr, powers.scores()});
-        multiply(rows, p.V, rows, {m.scores, padded(rows), 1}, m.v, padded(p.V), {m.out, padded(p.V)});
-        if (p.left) add_state(rows, m.q, left, powers.after(), m.out);
+        const int64_t rows = t.rows(p, c), first = c * p.chunk, V = padded(p.V);
+        const bool next = p.left && (last || c + 1 < t.chunks);
+        load_tile(p.q, t, first, rows, m.q, false);
+        load_tile(p.k, t, first, rows, m.k, next);
+        load_tile(p.v, t, first, rows, m.v, true);
+        fill_scores(rows, m.q, m.k, scaled.scores(), m.scores, m.scratch);
+        multiply(rows, p.V, words<Word>(rows), m.scores.left(), m.v.down, V, Product<>{m.out, V});
+        if (p.left) add_state(rows, m.q, left, scaled.after(), m.out, m.scratch);
         if (p.right && c + 1 < t.chunks) {
             State rest = right(c);
             rest.empty = false;
-            add_state(rows, m.q, rest, powers.until(rows), m.out);
+            add_state(rows, m.q, rest, scaled.until(rows), m.out, m.scratch);
         }
         store_rows(m.out, out, t, first, rows, p.V);
-        if (p.left && (last || c + 1 < t.chunks))
-            left.advance(left, powers.over(rows), rows, m.k, m.v, powers.until(rows), m.weighted);
+        if (next) left.advance(left, decay.over(rows), rows, m.k, m.v, decay.until(rows), m.scratch);
     }
     if (last) left.write(of_task(last, p, t));
 }
 
+int64_t retention_forward_scratch(const RetentionProblem& p) {
+    return with_words(p, [&](auto word) {
+        Pieces pieces{nullptr};
+        Forward<decltype(word)>(p, pieces);
+        return pieces.used;
+    });
+}
+
 void retention_forward(const RetentionProblem& p, const HeadRows& out, float* last, float* scratch, int threads) {
     const int64_t per_thread = retention_forward_scratch(p);
-    parallel_for(p.sequences * p.heads, threads, [&](int64_t index) {
-        Pieces pieces{scratch + thread_index() * per_thread};
-        forward_task(p, Task(p, index), out, last, Forward(p, pieces));
+    with_words(p, [&](auto word) {
+        parallel_for(p.sequences * p.heads, threads, [&](int64_t index) {
+            Pieces pieces{scratch + thread_index() * per_thread};
+            forward_task(p, Task(p, index), out, last, Forward<decltype(word)>(p, pieces));
+        });
+        return per_thread;
     });
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 // Keys and values enter through their state turned, [V,K]: only that side is multiplied.
-struct Backward {
-    float *q, *k, *v, *dout, *k_turned, *v_turned, *scores, *dscores, *dq, *dk, *dv, *weighted, *turned;
-    float *keys_left, *keys_right, *queries_left, *queries_right;
+template <typename Word> struct Backward {
+    Tile<Word> q, k, v, dout, scores, dscores;
+    Scratch<Word> scratch;
+    float *dq, *dk, *dv, *keys_left, *keys_right, *queries_left, *queries_right;
 
     Backward(const RetentionProblem& p, Pieces& pieces) {
         const int64_t C = p.chunk, K = padded(p.K), V = padded(p.V), chunks = most_chunks(p);
-        q = pieces.take(C * K), k = pieces.take(C * K), v = pieces.take(C * V), dout = pieces.take(C * V);
-        k_turned = pieces.take(p.K * padded(C)), v_turned = pieces.take(p.V * padded(C));
-        scores = pieces.take(C * padded(C)), dscores = pieces.take(C * padded(C));
+        q = pieces.tile<Word>(C, p.K), k = pieces.tile<Word>(C, p.K);
+        v = pieces.tile<Word>(C, p.V), dout = pieces.tile<Word>(C, p.V);
+        scores = pieces.tile<Word>(C, C), dscores = pieces.tile<Word>(C, C), scratch = Scratch<Word>(p, pieces);
         dq = pieces.take(C * K), dk = pieces.take(C * K), dv = pieces.take(C * V);
-        weighted = pieces.take(C * max_of(K, V)), turned = pieces.take(p.V * K);
         keys_left = pieces.take(p.V * K), queries_left = pieces.take(p.K * V);
         keys_right = pieces.take(p.right ? chunks * p.V * K : 0);               // one per chunk
         queries_right = pieces.take(p.left ? (chunks + 1) * p.K * V : 0);       // and one before the first
     }
 };
 
-int64_t retention_backward_scratch(const RetentionProblem& p) {
-    Pieces pieces{nullptr};
-    Backward(p, pieces);
-    return pieces.used;
-}
-
-static void load_chunk(const RetentionProblem& p, const RetentionGradients& g, const Task& t, int64_t c,
-                       const Backward& m) {
-    const int64_t rows = t.rows(p, c), first = c * p.chunk;
-    load_rows(p.q, t, first, rows, p.K, p.scale[t.head], m.q);
-    load_rows(p.k, t, first, rows, p.K, 1.0f, m.k);
-    load_rows(p.v, t, first, rows, p.V, 1.0f, m.v);
-    load_rows(g.dout, t, first, rows, p.V, 1.0f, m.dout);
-}
-
 // dk += v states^T, dv += k states, where the state is a sum of q dout^T.
-static void add_queries(int64_t rows, const State& queries, const float* by_row, const Backward& m) {
-    if (queries.empty) return;
-    add_state(rows, m.k, queries, by_row, m.dv);
-    transpose(queries.height, queries.width, queries.data, queries.row(), m.turned);
-    add_state(rows, m.v, State{m.turned, queries.width, queries.height, false}, by_row, m.dk);
+template <typename Word>
+static void add_queries(int64_t rows, const State& queries, const float* by_row, const Backward<Word>& m) {
+    add_state(rows, m.k, queries, by_row, m.dv, m.scratch);
+    add_state_turned(rows, m.v, queries, by_row, m.dk, m.scratch);
 }
 
-// Sum over all elements of a * b.
-static double inner_product(int64_t rows, int64_t width, const float* a, const float* b) {
+// Sum over all elements of a * b; rows of b have `width` floats.
+template <typename T>
+static double inner_product(int64_t rows, int64_t width, const T* a, int64_t a_row, const float* b) {
     double total = 0.0;
     for (int64_t i = 0; i < rows; ++i) {
         vf x = splat(0.0f);
-        for (int64_t j = 0; j < width; j += kLanes) x += load(a + i * width + j) * load(b + i * width + j);
+        for (int64_t j = 0; j < width; j += kLanes) x += load(a + i * a_row + j) * load(b + i * width + j);
         total += sum(x);
     }
     return total;
 }
 
-static void backward_task(const RetentionProblem& p, const Task& t, const RetentionGradients& g, const Backward& m) {
-    const Powers powers(p, t.head);
-    const int64_t K = padded(p.K), V = padded(p.V);
+template <typename Word>
+static void backward_task(const RetentionProblem& p, const Task& t, const RetentionGradients& g,
+                          const Backward<Word>& m) {
     const float scale = p.scale[t.head];
+    const Powers decay(p, t.head), scaled(p, t.head, scale);
+    const int64_t K = padded(p.K), V = padded(p.V);
     auto keys_right = [&](int64_t c) { return State{m.keys_right + c * p.V * K, p.V, p.K}; };
     auto queries_right = [&](int64_t c) { return State{m.queries_right + (c + 1) * p.K * V, p.K, p.V}; };
 
@@ -295,16 +362,19 @@ static void backward_task(const RetentionProblem& p, const Task& t, const Retent
     }
     const bool last_empty = queries.empty;
     for (int64_t c = t.chunks - 1; c >= (g.dinitial ? 0 : 1); --c) {
-        const int64_t rows = t.rows(p, c);
-        load_chunk(p, g, t, c, m);
+        const int64_t rows = t.rows(p, c), first = c * p.chunk;
         if (p.right && c > 0) {
+            load_tile(p.k, t, first, rows, m.k, false);
+            load_tile(p.v, t, first, rows, m.v, true);
             State before = keys_right(c - 1);
-            before.advance(keys, powers.over(rows), rows, m.v, m.k, powers.after(), m.weighted);
+            before.advance(keys, decay.over(rows), rows, m.v, m.k, decay.after(), m.scratch);
             keys = before;
         }
         if (p.left) {
+            load_tile(p.q, t, first, rows, m.q, true);
+            load_tile(g.dout, t, first, rows, m.dout, false);
             State before = queries_right(c - 1);
-            before.advance(queries, powers.over(rows), rows, m.q, m.dout, powers.after(), m.weighted);
+            before.advance(queries, decay.over(rows), rows, m.q, m.dout, scaled.after(), m.scratch);
             queries = before;
         }
     }
@@ -314,49 +384,61 @@ static void backward_task(const RetentionProblem& p, const Task& t, const Retent
     if (const float* initial = of_task(p.initial, p, t)) keys_left.read(initial, true);
     double dscale = 0.0;
     for (int64_t c = 0; c < t.chunks; ++c) {
-        const int64_t rows = t.rows(p, c), first = c * p.chunk, C = padded(rows);
+        const int64_t rows = t.rows(p, c), first = c * p.chunk, inner = words<Word>(rows);
         const bool last = c + 1 == t.chunks;
-        load_chunk(p, g, t, c, m);
-        transpose(rows, p.K, m.k, K, m.k_turned);
-        transpose(rows, p.V, m.v, V, m.v_turned);
-        const Product scores{m.scores, C, false, nullptr, powers.scores()};
-        const Product dscores{m.dscores, C, false, nullptr, powers.scores()};
-        multiply(rows, rows, p.K, {m.q, K, 1}, m.k_turned, C, scores);
-        multiply(rows, rows, p.V, {m.dout, V, 1}, m.v_turned, C, dscores);
+        load_tile(p.q, t, first, rows, m.q, true);
+        load_tile(p.k, t, first, rows, m.k, true);
+        load_tile(p.v, t, first, rows, m.v, true);
+        load_tile(g.dout, t, first, rows, m.dout, true);
+        fill_scores(rows, m.q, m.k, scaled.scores(), m.scores, m.scratch);
+        fill_scores(rows, m.dout, m.v, decay.scores(), m.dscores, m.scratch);
+        fill_down(rows, m.scores);
+        fill_down(rows, m.dscores);
 
-        multiply(rows, p.K, rows, {m.dscores, C, 1}, m.k, K, {m.dq, K});
-        multiply(rows, p.K, rows, {m.dscores, 1, C}, m.q, K, {m.dk, K});
-        multiply(rows, p.V, rows, {m.scores, 1, C}, m.dout, V, {m.dv, V});
+        // dq lacks the scale until it is stored: d scale is its product with q
+        multiply(rows, p.K, inner, m.dscores.left(), m.k.down, K, Product<>{m.dq, K});
+        multiply(rows, p.K, inner, m.dscores.left_turned(), m.q.down, K, Product<>{m.dk, K, false, scaled.constant});
+        multiply(rows, p.V, inner, m.scores.left_turned(), m.dout.down, V, Product<>{m.dv, V});
         if (p.left) {
-            add_state(rows, m.dout, keys_left, powers.after(), m.dq);
+            add_state(rows, m.dout, keys_left, decay.after(), m.dq, m.scratch);
             State rest = queries_right(c);
             rest.empty = last && last_empty;
-            add_queries(rows, rest, powers.until(rows), m);
-            if (!last) keys_left.advance(keys_left, powers.over(rows), rows, m.v, m.k, powers.until(rows), m.weighted);
+            add_queries(rows, rest, decay.until(rows), m);
+            if (!last) keys_left.advance(keys_left, decay.over(rows), rows, m.v, m.k, decay.until(rows), m.scratch);
         }
         if (p.right) {
             State rest = keys_right(c);
             rest.empty = last;
-            add_state(rows, m.dout, rest, powers.until(rows), m.dq);
-            add_queries(rows, queries_left, powers.after(), m);
+            add_state(rows, m.dout, rest, decay.until(rows), m.dq, m.scratch);
+            add_queries(rows, queries_left, decay.after(), m);
             if (!last)
-                queries_left.advance(queries_left, powers.over(rows), rows, m.q, m.dout, powers.until(rows), m.weighted);
+                queries_left.advance(queries_left, decay.over(rows), rows, m.q, m.dout, scaled.until(rows), m.scratch);
         }
         store_rows(m.dk, g.dk, t, first, rows, p.K);
         store_rows(m.dv, g.dv, t, first, rows, p.V);
-        load_rows(p.q, t, first, rows, p.K, 1.0f, m.q);  // without the scale, which may be 0
-        dscale += inner_product(rows, K, m.q, m.dq);
+        dscale += inner_product(rows, K, m.q.rows(), m.q.rows_row(), m.dq);
         for (int64_t i = 0; i < rows * K; i += kLanes) store(m.dq + i, load(m.dq + i) * scale);
         store_rows(m.dq, g.dq, t, first, rows, p.K);
     }
     g.dscale[t.sequence * p.heads + t.head] = (float)dscale;
 }
 
+int64_t retention_backward_scratch(const RetentionProblem& p) {
+    return with_words(p, [&](auto word) {
+        Pieces pieces{nullptr};
+        Backward<decltype(word)>(p, pieces);
+        return pieces.used;
+    });
+}
+
 void retention_backward(const RetentionProblem& p, const RetentionGradients& g, float* scratch, int threads) {
     const int64_t per_thread = retention_backward_scratch(p);
-    parallel_for(p.sequences * p.heads, threads, [&](int64_t index) {
-        Pieces pieces{scratch + thread_index() * per_thread};
-        backward_task(p, Task(p, index), g, Backward(p, pieces));
+    with_words(p, [&](auto word) {
+        parallel_for(p.sequences * p.heads, threads, [&](int64_t index) {
+            Pieces pieces{scratch + thread_index() * per_thread};
+            backward_task(p, Task(p, index), g, Backward<decltype(word)>(p, pieces));
+        });
+        return per_thread;
     });
 }
 
@@ -370,8 +452,8 @@ static float at(const HeadRows& x, const Task& t, int64_t i) {
 
 // A block of columns at a time, so that the output stays in a register.
 static void step_task(const RetentionProblem& p, const Task& t, const float* state, float* next, const HeadRows& out) {
-    const Powers powers(p, t.head);
-    const float gamma = powers.over(1), *from = of_task(state, p, t);
+    const Powers decay(p, t.head);
+    const float gamma = decay.over(1), *from = of_task(state, p, t);
     float* to = of_task(next, p, t);
     for (int64_t c = 0; c < p.V; c += kLanes) {
         const int lanes = (int)min_of(kLanes, p.V - c);

@@ -45,8 +45,8 @@ def ratios(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("T", "K", "V"),
-    [(1, 16, 16), (63, 16, 24), (64, 60, 60), (65, 24, 16), (127, 16, 8), (128, 8, 16), (129, 100, 60), (500, 32, 64),
-     (1000, 60, 100)],
+    [(1, 16, 16), (1, 3, 1), (33, 7, 5), (67, 33, 17), (63, 16, 24), (64, 60, 60), (65, 24, 16), (127, 16, 8),
+     (128, 8, 16), (129, 100, 60), (500, 32, 64), (1000, 60, 100)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", list(LIMITS))
 def test_error_ratio(T: int, K: int, V: int, dtype: torch.dtype, direction: str) -> None:
@@ -101,12 +101,13 @@ def test_threads_change_no_bit(threads: Callable[[int], None]) -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_a_sequence_keeps_its_nan() -> None:
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_a_sequence_keeps_its_nan(dtype: torch.dtype) -> None:
     tensors = inputs(1, 300, 2, 8, 8)
     for x in tensors:
         x[:, 100:170] = math.nan
     borders = torch.tensor([0, 100, 170, 300], dtype=torch.int32)
-    for x in results(tensors, torch.float32, "native", cu_seqlens=borders):
+    for x in results(tensors, dtype, "native", cu_seqlens=borders):
         assert x[:, :100].isfinite().all() and x[:, 170:].isfinite().all() and x[:, 100:170].isnan().all()
 
 
