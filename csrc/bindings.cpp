@@ -7,6 +7,7 @@
 #include "dyt/dyt.h"
 #include "retention/retention.h"
 #include "selective_scan/selective_scan.h"
+#include "sigmoid_attention/sigmoid_attention.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,7 +20,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 2;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 3;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 
@@ -101,15 +102,32 @@ ultra::ConvProblem conv_problem(const Ints& sizes, const Ints& x, Address weight
 
 ultra::HeadRows head_rows(const Ints& v) { return {ptr<char>(v[0]), v[1], v[2], v[3], static_cast<int>(v[4])}; }
 
+ultra::Sequences sequences(int64_t batch, int64_t length, Address cu_seqlens, int64_t num_seqs) {
+    auto* borders = checked_borders(cu_seqlens, num_seqs, length);
+    return {borders, borders ? num_seqs : batch, length};
+}
+
 struct RetentionProblem : ultra::RetentionProblem {
     RetentionProblem(Ints sizes, Ints q, Ints k, Ints v, Address log_decay, Address scale, Address cu_seqlens,
                      int64_t num_seqs, bool left, bool right, Address initial) {
-        batch = sizes[0], length = sizes[1], heads = sizes[2], K = sizes[3], V = sizes[4];
+        of = sequences(sizes[0], sizes[1], cu_seqlens, num_seqs);
+        heads = sizes[2], K = sizes[3], V = sizes[4];
         chunk = sizes[5] ? std::min(sizes[5], ultra::kRetentionMaxChunk) : ultra::kRetentionChunk;
         this->q = head_rows(q), this->k = head_rows(k), this->v = head_rows(v);
         this->log_decay = fin(log_decay), this->scale = fin(scale);
-        borders = checked_borders(cu_seqlens, num_seqs, length), sequences = borders ? num_seqs : batch;
         this->left = left, this->right = right, this->initial = fin(initial);
+    }
+};
+
+struct SigmoidProblem : ultra::SigmoidProblem {
+    SigmoidProblem(Ints sizes, Ints q, Ints k, Ints v, float scale, float bias, bool bias_of_length, Address head_bias,
+                   bool normalize, bool causal, Address sums, Address cu_seqlens, int64_t num_seqs) {
+        of = sequences(sizes[0], sizes[1], cu_seqlens, num_seqs);
+        heads = sizes[2], K = sizes[3], V = sizes[4];
+        this->q = head_rows(q), this->k = head_rows(k), this->v = head_rows(v);
+        this->scale = scale, this->bias = bias, this->bias_of_length = bias_of_length;
+        this->head_bias = fin(head_bias), this->normalize = normalize, this->causal = causal;
+        this->sums = fout(sums);
     }
 };
 
@@ -193,6 +211,20 @@ PYBIND11_MODULE(_C, m) {
         ultra::ScanGradients g{view(dy), view(du), view(dz), view(ddelta), ddelta_direction, fin(dlast), fout(dA),
                                fout(dD), fout(dbias), fout(dB), fout(dC), fout(dB_parts), fout(dC_parts)};
         ULTRA_PICK(scan_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+
+    py::class_<SigmoidProblem>(m, "SigmoidProblem")
+        .def(py::init<Ints, Ints, Ints, Ints, float, float, bool, Address, bool, bool, Address, Address, int64_t>());
+    m.def("sigmoid_forward_scratch", [](const SigmoidProblem& p) { return ULTRA_PICK(sigmoid_forward_scratch)(p); });
+    m.def("sigmoid_backward_scratch", [](const SigmoidProblem& p) { return ULTRA_PICK(sigmoid_backward_scratch)(p); });
+    m.def("sigmoid_forward", [](const SigmoidProblem& p, const Ints& o, Address scratch, int threads) {
+        ULTRA_PICK(sigmoid_forward)(p, head_rows(o), fout(scratch), threads);
+    }, Nogil());
+    m.def("sigmoid_backward", [](const SigmoidProblem& p, const Ints& o, const Ints& dout, const Ints& dq,
+                                 const Ints& dk, const Ints& dv, Address dbias, Address scratch, int threads) {
+        ultra::SigmoidGradients g{head_rows(o), head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv),
+                                  fout(dbias)};
+        ULTRA_PICK(sigmoid_backward)(p, g, fout(scratch), threads);
     }, Nogil());
 
     m.def("conv_forward", [](const Ints& sizes, const Ints& x, Address weight, Address bias, Address cu_seqlens,

@@ -16,7 +16,7 @@ import torch
 
 from ._version import __version__
 
-ABI = 2  # kAbi of csrc/bindings.cpp
+ABI = 3  # kAbi of csrc/bindings.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common/simd.h
 
 
@@ -71,6 +71,21 @@ def why_not(tensor: torch.Tensor, *args: object) -> str | None:
 def view(t: torch.Tensor | None) -> tuple[int, ...]:
     """A [B,D,L] tensor of any strides as csrc/common/view.h takes it: address, three strides, dtype; None: absent."""
     return (0, 0, 0, 0, 0) if t is None else (t.data_ptr(), *t.stride(), DTYPES[t.dtype])
+
+
+def head_rows(x: torch.Tensor | None) -> tuple[int, ...]:
+    """`[B,T,H,*]` as HeadRows of csrc/common/heads.h; None: absent."""
+    return view(None) if x is None else (x.data_ptr(), *view(x.select(-1, 0) if x.shape[-1] else x.flatten(2))[1:])
+
+
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself unless its last axis has gaps: the C++ reads the others by strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    """The number of sequences of x `[B,T,...]`."""
+    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def address(t: torch.Tensor | None) -> int:

@@ -70,7 +70,7 @@ static inline vf exp_minus(vf a) {
 #endif
 }
 
-// 1 / x for 1 <= x <= 3, 1 ulp.
+// 1 / x for 1 <= x <= 2^126, 1 ulp.
 static inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
     vf y = (vf)_mm512_rcp14_ps((__m512)x);

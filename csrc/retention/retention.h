@@ -1,6 +1,7 @@
 // Contract: ultra_kernels/retention/op.py
 #pragma once
 
+#include "common/heads.h"
 #include "common/isa.h"
 
 #include <stdint.h>
@@ -10,19 +11,11 @@ namespace ultra {
 constexpr int64_t kRetentionChunk = 64;      // tokens of a chunk unless the caller asks for another length
 constexpr int64_t kRetentionMaxChunk = 128;  // its tiles of scores still fit the second cache
 
-// [B,T,H,*], the last axis contiguous; strides count elements. data is null for an absent tensor.
-struct HeadRows {
-    char* data;
-    int64_t batch, time, head;
-    int dtype;
-};
-
 struct RetentionProblem {
-    int64_t batch, length, heads, K, V, chunk;
+    int64_t heads, K, V, chunk;
+    Sequences of;
     HeadRows q, k, v;
     const float *log_decay, *scale;  // [H]
-    const int32_t* borders;          // [sequences + 1], or null: every batch row is one sequence
-    int64_t sequences;               // batch rows where borders is null
     bool left, right;                // a query sees the keys before it, after it; always the one at its own position
     const float* initial;            // [sequences, H, K, V] or null
 };

@@ -14,39 +14,13 @@
 #include "retention/retention.h"
 
 #include "common/gates.h"
+#include "common/heads.h"
 #include "common/parallel.h"
-#include "common/product.h"
-#include "common/simd.h"
 
 namespace ultra {
 namespace ULTRA_ISA {
 
-static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static int64_t most_chunks(const RetentionProblem& p) {
-    int64_t longest = p.borders ? 0 : p.length;
-    for (int64_t s = 0; p.borders && s < p.sequences; ++s) longest = max_of(longest, p.borders[s + 1] - p.borders[s]);
-    return (longest + p.chunk - 1) / p.chunk;
-}
-
-// Cuts scratch memory into aligned pieces; with base = null it only counts.
-struct Pieces {
-    float* base;
-    int64_t used = 0;
-
-    template <typename Word = float> Word* take(int64_t n) {  // floats or pairs: both have 4 bytes
-        float* piece = base ? base + used : nullptr;
-        used += (n + 15) / 16 * 16;
-        return (Word*)piece;
-    }
-    template <typename Word> Tile<Word> tile(int64_t rows, int64_t columns) {
-        Tile<Word> t{columns, nullptr, nullptr};
-        t.along = take<Word>(rows * t.along_row());
-        t.down = words<Word>(2) == 2 ? t.along : take<Word>(words<Word>(rows) * t.down_row());
-        return t;
-    }
-};
+static int64_t most_chunks(const RetentionProblem& p) { return (p.of.longest() + p.chunk - 1) / p.chunk; }
 
 // A right factor of a product, made for it, and rows to make it from.
 template <typename Word> struct Scratch {
@@ -60,69 +34,16 @@ template <typename Word> struct Scratch {
     }
 };
 
-// One head of one sequence.
-struct Task {
-    int64_t sequence, head, batch, begin, length, chunks;
+struct Task : HeadOfSequence {
+    int64_t chunks;
 
-    Task(const RetentionProblem& p, int64_t index) {
-        sequence = index / p.heads, head = index % p.heads;
-        batch = p.borders ? 0 : sequence;
-        begin = p.borders ? p.borders[sequence] : 0;
-        length = (p.borders ? p.borders[sequence + 1] : p.length) - begin;
-        chunks = (length + p.chunk - 1) / p.chunk;
-    }
+    Task(const RetentionProblem& p, int64_t index)
+        : HeadOfSequence(p.of, index / p.heads, index % p.heads), chunks((length + p.chunk - 1) / p.chunk) {}
     int64_t rows(const RetentionProblem& p, int64_t chunk) const { return min_of(p.chunk, length - chunk * p.chunk); }
 };
 
-template <typename T>
-static void load_rows(const T* from, int64_t step, int64_t rows, int64_t columns, float* to) {
-    for (int64_t i = 0; i < rows; ++i, from += step, to += padded(columns)) {
-        int64_t c = 0;
-        for (; c + kLanes <= columns; c += kLanes) store(to + c, load(from + c));
-        if (c < columns) store(to + c, load_part(from + c, (int)(columns - c)));
-    }
-}
-
-template <typename T> static void store_rows(const float* from, int64_t step, int64_t rows, int64_t columns, T* to) {
-    for (int64_t i = 0; i < rows; ++i, from += padded(columns), to += step) {
-        int64_t c = 0;
-        for (; c + kLanes <= columns; c += kLanes) store(to + c, load(from + c));
-        if (c < columns) store_part(to + c, load(from + c), (int)(columns - c));
-    }
-}
-
-static int64_t offset(const HeadRows& x, const Task& t, int64_t row) {
-    return t.batch * x.batch + (t.begin + row) * x.time + t.head * x.head;
-}
-
-// Rows [first, first + rows) of the task as a tile; its `down` where that is asked for.
-static void load_tile(const HeadRows& x, const Task& t, int64_t first, int64_t rows, const Tile<float>& to, bool) {
-    const int64_t at = offset(x, t, first);
-    if (x.dtype == kBFloat16) load_rows((const BF16*)x.data + at, x.time, rows, to.columns, to.along);
-    else if (x.dtype == kFloat16) load_rows((const FP16*)x.data + at, x.time, rows, to.columns, to.along);
-    else load_rows((const float*)x.data + at, x.time, rows, to.columns, to.along);
-}
-static inline void load_tile(const HeadRows& x, const Task& t, int64_t first, int64_t rows, const Tile<Pair>& to,
-                             bool down) {
-    const BF16* from = (const BF16*)x.data + offset(x, t, first);
-    const int64_t row = to.along_row(), whole = to.columns / 32 * 32, rest = to.columns - whole;
-    for (int64_t i = 0; i < rows; ++i, from += x.time) {
-        BF16* copy = (BF16*)(to.along + i * row);
-        for (int64_t c = 0; c < whole; c += 32) memcpy(copy + c, from + c, 64);
-        if (rest) memset(copy + whole, 0, 64), memcpy(copy + whole, from + whole, rest * sizeof(BF16));
-    }
-    if (down) fill_down(rows, to);
-}
-
-static void store_rows(const float* from, const HeadRows& x, const Task& t, int64_t first, int64_t rows,
-                       int64_t columns) {
-    const int64_t at = offset(x, t, first);
-    if (x.dtype == kBFloat16) store_rows(from, x.time, rows, columns, (BF16*)x.data + at);
-    else if (x.dtype == kFloat16) store_rows(from, x.time, rows, columns, (FP16*)x.data + at);
-    else store_rows(from, x.time, rows, columns, (float*)x.data + at);
-}
-
-// Powers of gamma, all times `factor`. Those below the smallest normal number are 0: products with subnormal numbers are slow.
+// Powers of gamma, all times `factor`. Those below the smallest normal number are 0: products with subnormal numbers are
+// slow.
 struct Powers {
     float rising[kRetentionMaxChunk + 1 + 16];   // gamma^i
     float falling[kRetentionMaxChunk + 16];      // gamma^(chunk-1-i)
@@ -206,9 +127,7 @@ static void add_state_turned(int64_t rows, const Tile<Word>& a, const State& sta
     if constexpr (kNumbers<Word> == 1) {
         transpose(state.height, width, state.data, state.row(), m.right);
     } else {
-        for (int64_t i = 0; i < state.height; ++i)
-            for (int64_t c = 0; c < state.width; c += kLanes)
-                store(numbers(m.rounded + i * padded(width)) + c, load(state.data + i * state.row() + c));
+        fill_tile(state.height, state.data, state.row(), {state.width, m.rounded, nullptr}, true, false);
         transpose(state.height, width, m.rounded, padded(width), m.right);
     }
     multiply(rows, state.height, width, a.left(), m.right, row, Product<>{out, row, true, by_row});
@@ -228,14 +147,6 @@ static void fill_scores(int64_t rows, const Tile<Word>& a, const Tile<Word>& b, 
     transpose(rows, words<Word>(b.columns), b.along, b.along_row(), m.right);
     multiply(rows, rows, words<Word>(a.columns), a.left(), m.right, padded(rows),
              product(to.rows(), to.rows_row(), by_distance));
-}
-
-// Calls f(a word): what the factors of the products are made of.
-template <typename F> static int64_t with_words(const RetentionProblem& p, const F& f) {
-    const bool bfloat16 = p.q.dtype == kBFloat16 && p.k.dtype == kBFloat16 && p.v.dtype == kBFloat16;
-    if constexpr (kPairs)
-        if (bfloat16) return f(Pair{});
-    return f(float{});
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -290,21 +201,18 @@ static void forward_task(const RetentionProblem& p, const Task& t, const HeadRow
 }
 
 int64_t retention_forward_scratch(const RetentionProblem& p) {
-    return with_words(p, [&](auto word) {
-        Pieces pieces{nullptr};
-        Forward<decltype(word)>(p, pieces);
-        return pieces.used;
-    });
+    Pieces pieces{nullptr};
+    with_words(p.q, p.k, p.v, [&](auto word) { Forward<decltype(word)>(p, pieces); });
+    return pieces.used;
 }
 
 void retention_forward(const RetentionProblem& p, const HeadRows& out, float* last, float* scratch, int threads) {
     const int64_t per_thread = retention_forward_scratch(p);
-    with_words(p, [&](auto word) {
-        parallel_for(p.sequences * p.heads, threads, [&](int64_t index) {
+    with_words(p.q, p.k, p.v, [&](auto word) {
+        parallel_for(p.of.number * p.heads, threads, [&](int64_t index) {
             Pieces pieces{scratch + thread_index() * per_thread};
             forward_task(p, Task(p, index), out, last, Forward<decltype(word)>(p, pieces));
         });
-        return per_thread;
     });
 }
 
@@ -424,27 +332,24 @@ static void backward_task(const RetentionProblem& p, const Task& t, const Retent
 }
 
 int64_t retention_backward_scratch(const RetentionProblem& p) {
-    return with_words(p, [&](auto word) {
-        Pieces pieces{nullptr};
-        Backward<decltype(word)>(p, pieces);
-        return pieces.used;
-    });
+    Pieces pieces{nullptr};
+    with_words(p.q, p.k, p.v, [&](auto word) { Backward<decltype(word)>(p, pieces); });
+    return pieces.used;
 }
 
 void retention_backward(const RetentionProblem& p, const RetentionGradients& g, float* scratch, int threads) {
     const int64_t per_thread = retention_backward_scratch(p);
-    with_words(p, [&](auto word) {
-        parallel_for(p.sequences * p.heads, threads, [&](int64_t index) {
+    with_words(p.q, p.k, p.v, [&](auto word) {
+        parallel_for(p.of.number * p.heads, threads, [&](int64_t index) {
             Pieces pieces{scratch + thread_index() * per_thread};
             backward_task(p, Task(p, index), g, Backward<decltype(word)>(p, pieces));
         });
-        return per_thread;
     });
 }
 
 // ---- one token ------------------------------------------------------------------------------------------------------
 static float at(const HeadRows& x, const Task& t, int64_t i) {
-    const int64_t where = offset(x, t, 0) + i;
+    const int64_t where = t.offset(x, 0) + i;
     if (x.dtype == kBFloat16) return to_float(((const BF16*)x.data)[where]);
     if (x.dtype == kFloat16) return to_float(((const FP16*)x.data)[where]);
     return ((const float*)x.data)[where];
@@ -477,7 +382,7 @@ static void step_task(const RetentionProblem& p, const Task& t, const float* sta
 }
 
 void retention_step(const RetentionProblem& p, const float* state, float* next, const HeadRows& out, int threads) {
-    parallel_for(p.sequences * p.heads, threads,
+    parallel_for(p.of.number * p.heads, threads,
                  [&](int64_t index) { step_task(p, Task(p, index), state, next, out); });
 }
 

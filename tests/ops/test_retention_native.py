@@ -114,7 +114,7 @@ def test_a_sequence_keeps_its_nan(dtype: torch.dtype) -> None:
 def test_views_of_a_projection_are_read_in_place() -> None:
     projected = rand(2, 70, 3 * (8 + 8 + 16)).float()
     q, k, v = (x.unflatten(-1, (3, -1)) for x in projected.split([24, 24, 48], -1))
-    assert all(native._contiguous_rows(x) is x for x in (q, k, v))
+    assert all(_native.contiguous_rows(x) is x for x in (q, k, v))
     decay = DECAY[:3].float()
     got = retention(q, k, v, decay, backend="native")
     assert torch.equal(got, retention(q.contiguous(), k.contiguous(), v.contiguous(), decay, backend="native"))

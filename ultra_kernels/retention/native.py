@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._native import address, load, view
+from .._native import address, contiguous_rows, head_rows, load, sequences
 
 
 def forward(
@@ -24,11 +24,11 @@ def forward(
     C_ = load()
     o = torch.empty(v.shape, dtype=q.dtype)
     problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, chunk)
-    shape = (*_heads(q, cu_seqlens), q.shape[-1], v.shape[-1])
+    shape = (sequences(q, cu_seqlens), *q.shape[2:], v.shape[-1])
     last = torch.empty(shape if output_final_state else 0, dtype=torch.float32)
     threads = torch.get_num_threads()
     scratch = torch.empty(threads * C_.retention_forward_scratch(problem), dtype=torch.float32)
-    C_.retention_forward(problem, _rows(o), address(last), scratch.data_ptr(), threads)
+    C_.retention_forward(problem, head_rows(o), address(last), scratch.data_ptr(), threads)
     return o, last
 
 
@@ -50,14 +50,14 @@ def backward(
     C_ = load()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, direction, cu_seqlens, initial_state, chunk)
-    grad = _contiguous_rows(grad)
+    grad = contiguous_rows(grad)
     grad_final = None if grad_final is None else grad_final.float().contiguous()
     dinitial = torch.empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
-    dscale = torch.empty(_heads(q, cu_seqlens), dtype=torch.float32)
+    dscale = torch.empty(sequences(q, cu_seqlens), q.shape[2], dtype=torch.float32)
     threads = torch.get_num_threads()
     scratch = torch.empty(threads * C_.retention_backward_scratch(problem), dtype=torch.float32)
     C_.retention_backward(
-        problem, _rows(grad), _rows(dq), _rows(dk), _rows(dv), address(grad_final), address(dinitial),
+        problem, head_rows(grad), head_rows(dq), head_rows(dk), head_rows(dv), address(grad_final), address(dinitial),
         dscale.data_ptr(), scratch.data_ptr(), threads,
     )  # fmt: skip
     return dq, dk, dv, dscale.new_empty(0) if head_scale is None else scale * dscale.sum(0), dinitial
@@ -76,23 +76,8 @@ def step_forward(
     new_state = torch.empty_like(state)
     q, k, v = (x[:, None] for x in (q, k, v))  # a sequence of one token
     problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, "forward", None, None, None)
-    load().retention_step(problem, state.data_ptr(), new_state.data_ptr(), _rows(o[:, None]), torch.get_num_threads())
+    load().retention_step(problem, state.data_ptr(), new_state.data_ptr(), head_rows(o[:, None]), torch.get_num_threads())
     return o, new_state
-
-
-def _heads(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, int]:
-    """Sequences and heads."""
-    return q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, q.shape[2]
-
-
-def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself unless its last axis has gaps: the C++ reads the others by strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rows(x: torch.Tensor) -> tuple[int, ...]:
-    """`[B,T,H,*]` as HeadRows of csrc/retention/retention.h."""
-    return (x.data_ptr(), *view(x.select(-1, 0) if x.shape[-1] else x.flatten(2))[1:])
 
 
 def _problem(  # type: ignore[no-untyped-def]
@@ -100,7 +85,7 @@ def _problem(  # type: ignore[no-untyped-def]
 ):
     """The C++ RetentionProblem, and the tensors that must outlive it."""
     B, T, H, K = q.shape
-    q, k, v = (_contiguous_rows(x) for x in (q, k, v))
+    q, k, v = (contiguous_rows(x) for x in (q, k, v))
     decay = log_decay.float().contiguous()
     factor = torch.full((H,), scale, dtype=torch.float32)
     factor = factor if head_scale is None else factor * head_scale.float()
@@ -108,7 +93,7 @@ def _problem(  # type: ignore[no-untyped-def]
     borders = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     problem = load().RetentionProblem(
-        (B, T, H, K, v.shape[-1], chunk or 0), _rows(q), _rows(k), _rows(v), decay.data_ptr(), factor.data_ptr(),
+        (B, T, H, K, v.shape[-1], chunk or 0), head_rows(q), head_rows(k), head_rows(v), decay.data_ptr(), factor.data_ptr(),
         address(borders), 0 if borders is None else len(borders) - 1, direction != "backward", direction != "forward",
         address(initial_state),
     )  # fmt: skip
