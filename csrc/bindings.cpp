@@ -5,6 +5,7 @@
 #include "common/simd_test.h"
 #include "derf/derf.h"
 #include "dyt/dyt.h"
+#include "hope_attention/hope_attention.h"
 #include "retention/retention.h"
 #include "selective_scan/selective_scan.h"
 #include "sigmoid_attention/sigmoid_attention.h"
@@ -131,6 +132,19 @@ struct SigmoidProblem : ultra::SigmoidProblem {
     }
 };
 
+struct HopeProblem : ultra::HopeProblem {
+    HopeProblem(Ints sizes, Ints q, Ints k, Ints v, Ints prefix_k, Ints prefix_v, std::vector<Address> tables,
+                float scale, bool causal, Address lse, Address cu_seqlens, int64_t num_seqs) {
+        of = sequences(sizes[0], sizes[1], cu_seqlens, num_seqs);
+        heads = sizes[2], K = sizes[3], V = sizes[4], rotary_heads = sizes[5], prefix = sizes[6];
+        this->q = head_rows(q), this->k = head_rows(k), this->v = head_rows(v);
+        this->prefix_k = head_rows(prefix_k), this->prefix_v = head_rows(prefix_v);
+        this->tables = {fin(tables[0]), fin(tables[1]), fin(tables[2]), fin(tables[3]),
+                        fin(tables[4]), fin(tables[5]), fin(tables[6])};
+        this->scale = scale, this->causal = causal, this->lse = fout(lse);
+    }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -211,6 +225,24 @@ PYBIND11_MODULE(_C, m) {
         ultra::ScanGradients g{view(dy), view(du), view(dz), view(ddelta), ddelta_direction, fin(dlast), fout(dA),
                                fout(dD), fout(dbias), fout(dB), fout(dC), fout(dB_parts), fout(dC_parts)};
         ULTRA_PICK(scan_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+
+    m.attr("hope_tile") = ultra::kHopeTile;
+    m.attr("hope_columns") = ultra::kHopeColumns;
+    py::class_<HopeProblem>(m, "HopeProblem")
+        .def(py::init<Ints, Ints, Ints, Ints, Ints, Ints, std::vector<Address>, float, bool, Address, Address,
+                      int64_t>());
+    m.def("hope_forward_scratch", [](const HopeProblem& p) { return ULTRA_PICK(hope_forward_scratch)(p); });
+    m.def("hope_backward_scratch", [](const HopeProblem& p) { return ULTRA_PICK(hope_backward_scratch)(p); });
+    m.def("hope_forward", [](const HopeProblem& p, const Ints& o, Address scratch, int threads) {
+        ULTRA_PICK(hope_forward)(p, head_rows(o), fout(scratch), threads);
+    }, Nogil());
+    m.def("hope_backward", [](const HopeProblem& p, const Ints& o, const Ints& dout, const Ints& dq, const Ints& dk,
+                              const Ints& dv, Address ddamping, Address dprefix_k, Address dprefix_v, Address scratch,
+                              int threads) {
+        ultra::HopeGradients g{head_rows(o), head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv),
+                               fout(ddamping), fout(dprefix_k), fout(dprefix_v)};
+        ULTRA_PICK(hope_backward)(p, g, fout(scratch), threads);
     }, Nogil());
 
     py::class_<SigmoidProblem>(m, "SigmoidProblem")

@@ -25,6 +25,7 @@ class Case:
     reduction: the longest sum behind any output or gradient element; tolerances grow with its square root.
     scales: for gradients that are one number, a sum of signed terms that may cancel: the sum's root mean square.
         Errors are measured against at least this, since the value says nothing of the size of the terms.
+    roundings: intermediates on the way to a result that are rounded to a half-precision dtype under test.
     through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded
         to the dtype under test, such as operands of a half-precision matrix product.
     elements: input and output elements that must cross memory once (bytes = elements × item size).
@@ -43,6 +44,7 @@ class Case:
     bench: bool = False
     large: bool = False
     scales: dict[str, float] = field(default_factory=dict)
+    roundings: int = 1
     through_half: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
 
@@ -108,15 +110,17 @@ def run(
     return {n: t.detach() for n, t in named.items()}
 
 
-def tolerance(expected: torch.Tensor, dtype: torch.dtype, reduction: int, least_scale: float = 0.0) -> float:
-    """Largest accepted absolute error: rounding to `dtype` of the result and of one intermediate, plus float32 sums.
+def tolerance(
+    expected: torch.Tensor, dtype: torch.dtype, reduction: int, least_scale: float = 0.0, roundings: int = 1
+) -> float:
+    """Largest accepted absolute error: rounding to `dtype` of the result and of intermediates, plus float32 sums.
 
     A sum of n terms of one size, rounded at every step, errs by about eps·sqrt(n); 4 covers the spread of the maximum
     over many elements.
     """
     scale = max(least_scale, float(expected.abs().max()) if expected.numel() else 0.0)
     eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    halves = 2 * eps if dtype != torch.float32 else 0.0
+    halves = (1 + roundings) * eps if dtype != torch.float32 else 0.0
     return max(scale, 1e-30) * (halves + 4 * eps32 * max(reduction, 1) ** 0.5)
 
 
@@ -126,12 +130,13 @@ def errors(
     reduction: int,
     scales: Mapping[str, float] = MappingProxyType({}),
     rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
+    roundings: int = 1,
 ) -> dict[str, tuple[float, float]]:
     """Name -> (largest absolute error, its tolerance) of the floating-point tensors; NaN where one is not finite."""
     return {
         name: (
             float((value.cpu().double() - expected[name]).abs().max()) if value.numel() else 0.0,
-            tolerance(expected[name], rounded.get(name, value.dtype), reduction, scales.get(name, 0.0)),
+            tolerance(expected[name], rounded.get(name, value.dtype), reduction, scales.get(name, 0.0), roundings),
         )
         for name, value in got.items()
         if value.is_floating_point() and value.shape == expected[name].shape
@@ -144,13 +149,14 @@ def compare(
     reduction: int,
     scales: Mapping[str, float] = MappingProxyType({}),
     rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
+    roundings: int = 1,
 ) -> list[str]:
     """One line per tensor that is missing, misshapen, not finite, or further off than its tolerance.
 
     `rounded`: for results whose intermediates have a narrower dtype than they have themselves, that dtype.
     """
     wrong = [f"{n}: missing" for n in expected if n not in got]
-    found = errors(got, expected, reduction, scales, rounded)
+    found = errors(got, expected, reduction, scales, rounded, roundings)
     for name, value in got.items():
         want = expected[name]
         if value.shape != want.shape:

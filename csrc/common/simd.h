@@ -108,6 +108,25 @@ template <typename T> static inline vf load_part(const T* p, int n, float fill =
 template <typename T> static inline void store_part(T* p, vf v, int n) {
     for (int i = 0; i < n; ++i) store_scalar(p + i, v[i]);
 }
+static inline float max_lane(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    for (int w = kLanes / 2; w > 0; w /= 2)
+        for (int i = 0; i < w; ++i) v[i] = v[i] > v[i + w] ? v[i] : v[i + w];
+    return v[0];
+#endif
+}
+// Neighbouring lanes 2i and 2i + 1 change places.
+static inline vf swap_pairs(vf v) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_permute_ps((__m512)v, 0xb1);
+#elif defined(__AVX2__)
+    return (vf)_mm256_permute_ps((__m256)v, 0xb1);
+#else
+    return vf{v[1], v[0], v[3], v[2]};
+#endif
+}
 // Four elements from p, four from p + step, and so on.
 static inline vf load_quads(const float* p, int64_t step) {
 #if defined(__AVX512F__)

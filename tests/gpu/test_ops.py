@@ -49,7 +49,7 @@ def small_case(name: str, packed: bool = False) -> Case:
 
 def judge(got: dict[str, torch.Tensor], inputs: Inputs, name: str, case: Case, dtype: torch.dtype) -> None:
     expected = run(function(name), widened(inputs), "reference", dtype)
-    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype))
+    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype), case.roundings)
     assert not wrong, "\n".join(wrong)
 
 

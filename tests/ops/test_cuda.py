@@ -114,7 +114,7 @@ def test_against_float64(name: str, case: Case, dtype: torch.dtype, gpu: ctypes.
     function, inputs = getattr(ultra_kernels, name), case.inputs(dtype)
     expected = run(function, widened(inputs), "reference", dtype)
     got = run(function, inputs, "cuda", dtype)
-    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype))
+    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype), case.roundings)
     assert not wrong, "\n".join(wrong)
 
 

@@ -41,7 +41,7 @@ def test_the_op_is_the_reference(name: str, case: Case, dtype: torch.dtype, monk
     expected = run(function, widened(inputs), "reference", dtype)
     as_compiled(monkeypatch)
     got = run(function, inputs, "reference", dtype)
-    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype))
+    wrong = compare(got, expected, case.reduction, case.scales, dict.fromkeys(case.through_half, dtype), case.roundings)
     assert not wrong, "\n".join(wrong)
 
 

@@ -54,6 +54,8 @@ def _case(
         elements=B * T * H * 4 * K,
         flops=4 * H * sum(n * (n + prefix) for n in lengths) * K // (2 if causal else 1),
         small=("damping",),
+        roundings=3,  # of the factors that carry the positions to q and to k, and of weights or their gradients
+        through_half=("ddamping",),
         bench=bench,
     )
 

@@ -6,11 +6,17 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import Op, autocast, full_precision
+from .. import _native
+from .._dispatch import Op, autocast, define_differentiable, full_precision, of_all
 from .._packed import check_cu_seqlens
 from . import reference
 
-OP = Op("hope_attention", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+OP = Op(
+    "hope_attention",
+    __package__,
+    {"cuda": ("reference",), "cpu": ("native", "reference")},
+    {"native": of_all(_native.why_not)},
+)
 
 
 def hope_attention(
@@ -72,11 +78,74 @@ def hope_attention(
         prefix_k, prefix_v = autocast(prefix_k, prefix_v)
     check_cu_seqlens("hope_attention", q, cu_seqlens)
     q, k, v = autocast(q, k, v)
-    OP.choose(backend, q)
+    chosen = OP.choose(backend, q, k, v)
     scale = K**-0.5 if scale is None else scale
     if not isinstance(damping, torch.Tensor):
         damping = torch.full((), damping, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    with full_precision(q):
-        return reference.hope_attention(
-            q, k, v, damping, base, mode, scale, causal, rotary_heads, rotary_theta, prefix_k, prefix_v, cu_seqlens
-        )
+    args = (q, k, v, damping, base, mode, scale, causal, rotary_heads, rotary_theta, prefix_k, prefix_v, cu_seqlens)
+    if chosen == "reference":
+        with full_precision(q):
+            return reference.hope_attention(*args)
+    out: torch.Tensor = _forward(*args, chosen)[0]
+    return out
+
+
+def rates(K: int, base: float, mode: str) -> torch.Tensor:
+    """What channel c of a key on the left loses per token, without damping, in float64 `[K]`.
+
+    Channels 2i and 2i + 1 are (x_2i + x_2i+1)/√2 and (x_2i - x_2i+1)/√2: light-cone coordinates, in which the pair's
+    matrix is diagonal. For a key on the right the two rates of a pair swap.
+    """
+    theta = base ** (torch.arange(0, K, 2, dtype=torch.float64) / -K)
+    top = theta if mode == "per_pair" else theta[:1]
+    return torch.stack([top - theta, top + theta], -1).flatten()
+
+
+def _fake(q, k, v, *options):  # type: ignore[no-untyped-def]
+    B, T, H, _ = q.shape
+    return q.new_empty(v.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, damping, *ctx.options, prefix_k, prefix_v, cu_seqlens, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, q, k, v, damping, prefix_k, prefix_v, cu_seqlens)
+
+
+def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+    o, lse, q, k, v, damping, *rest = ctx.saved_tensors
+    found = _backward(grad, o, lse, ctx.needs_input_grad[3], q, k, v, damping, *ctx.options, *rest, ctx.backend)
+    dq, dk, dv, *small = found
+    inputs = (damping if ctx.needs_input_grad[3] else None, *rest[:2])
+    ddamping, dprefix_k, dprefix_v = (
+        None if x is None else g.to(x.dtype) for x, g in zip(inputs, small, strict=True)
+    )  # fmt: skip
+    return dq, dk, dv, ddamping, *(None for _ in ctx.options), dprefix_k, dprefix_v, None, None
+
+
+def _backward_fake(grad, o, lse, wants_damping, q, k, v, damping, *rest):  # type: ignore[no-untyped-def]
+    *_, prefix_k, prefix_v, _, _ = rest
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        q.new_empty(() if wants_damping else (0,), dtype=torch.float32),
+        *(q.new_empty((0,) if x is None else x.shape, dtype=torch.float32) for x in (prefix_k, prefix_v)),
+    )
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor damping, float base, str mode, float scale, bool causal, int rotary_heads, "
+    "float rotary_theta, Tensor? prefix_k, Tensor? prefix_v, Tensor? cu_seqlens, str backend"
+)
+_forward, _backward = define_differentiable(
+    # o, and ln of the sum of the exponentials of each row's logits, float32 [B,H,T]
+    f"hope_attention({_INPUTS}) -> (Tensor, Tensor)",
+    # dq, dk, dv, and in float32 ddamping, dprefix_k and dprefix_v, empty where there is none
+    f"hope_attention_backward(Tensor grad, Tensor o, Tensor lse, bool wants_damping, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=lambda *args: OP.module(args[-1]).forward(*args[:-1]),
+    forward_fake=_fake,
+    backward=lambda *args: OP.module(args[-1]).backward(*args[:-1]),
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)

@@ -76,7 +76,9 @@ def step_forward(
     new_state = torch.empty_like(state)
     q, k, v = (x[:, None] for x in (q, k, v))  # a sequence of one token
     problem, _keep = _problem(q, k, v, log_decay, scale, head_scale, "forward", None, None, None)
-    load().retention_step(problem, state.data_ptr(), new_state.data_ptr(), head_rows(o[:, None]), torch.get_num_threads())
+    load().retention_step(
+        problem, state.data_ptr(), new_state.data_ptr(), head_rows(o[:, None]), torch.get_num_threads()
+    )
     return o, new_state
 
 
