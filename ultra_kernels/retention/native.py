@@ -95,8 +95,8 @@ def _problem(  # type: ignore[no-untyped-def]
     borders = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     problem = load().RetentionProblem(
-        (B, T, H, K, v.shape[-1], chunk or 0), head_rows(q), head_rows(k), head_rows(v), decay.data_ptr(), factor.data_ptr(),
-        address(borders), 0 if borders is None else len(borders) - 1, direction != "backward", direction != "forward",
-        address(initial_state),
+        (B, T, H, K, v.shape[-1], chunk or 0), head_rows(q), head_rows(k), head_rows(v), decay.data_ptr(),
+        factor.data_ptr(), address(borders), 0 if borders is None else len(borders) - 1, direction != "backward",
+        direction != "forward", address(initial_state),
     )  # fmt: skip
     return problem, (q, k, v, decay, factor, borders, initial_state)
