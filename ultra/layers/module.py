@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import contextlib
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +18,20 @@ GROUPS = ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in float32, or in float64 if it is that: for what half precision would ruin."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class AutocastState:
+    """Whether and how autocast is on for x's device now, to compute the same again in a backward pass."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        kind = x.device.type
+        self._settings = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if kind != "meta" else None
+        self._enabled = self._settings is not None and torch.is_autocast_enabled(kind)
+
+    def again(self) -> contextlib.AbstractContextManager[Any]:
+        if self._settings is None:
+            return contextlib.nullcontext()
+        return torch.autocast(**self._settings, enabled=self._enabled)
 
 
 class Component(nn.Module):

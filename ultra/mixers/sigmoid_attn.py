@@ -11,7 +11,7 @@ from pydantic import Field
 from ultra.config.fields import ModelFields, Problem, attention_problems
 from ultra.layers.attention import SelfAttention
 from ultra.layers.sequences import Sequences
-from ultra_kernels import sigmoid_attention
+from ultra_kernels import rotary, sigmoid_attention
 
 
 class SigmoidAttentionFields(ModelFields):
@@ -42,4 +42,6 @@ class SigmoidAttention(SelfAttention):
         self.normalize = cfg.sigmoid_normalize
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqs: Sequences) -> torch.Tensor:
+        if self.theta is not None:
+            q, k = (rotary(t, seqs.positions, theta=self.theta) for t in (q, k))
         return sigmoid_attention(q, k, v, bias=self.bias, normalize=self.normalize, cu_seqlens=seqs.cu_seqlens)

@@ -73,7 +73,7 @@ class TitanAttention(SelfAttention):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqs: Sequences) -> torch.Tensor:
         prefix = None if self.persistent is None else (self.persistent.keys, self.persistent.values)
         if not self.hope:
-            return softmax_attention(q, k, v, seqs, prefix)
+            return softmax_attention(q, k, v, seqs, self.theta, prefix)
         prefix_k, prefix_v = prefix or (None, None)
         # a negative rate would grow with distance: the learned damping acts through its absolute value
         damping = self.damping.abs() if isinstance(self.damping, torch.Tensor) else self.damping
