@@ -191,7 +191,7 @@ def layer_cost(cfg: RunConfig, mixer: str, dtype: torch.dtype | None) -> tuple[C
     kept, passing = cost_of(block, [block], cfg, dtype), Cost()
     if isinstance(block.mixer, Ode) and block.mixer.checkpoint:
         ode = block.mixer
-        passing = cost_of(lambda x, seqs: ode.step(x, x, 0, seqs), [block], cfg, dtype)
+        passing = cost_of(lambda x, seqs: ode.step(x, 0, seqs), [block], cfg, dtype)
     if m.gradient_checkpointing:
         return Cost(linear=4 * m.hidden_size), kept + passing
     return kept, passing

@@ -1,4 +1,4 @@
-"""Peak memory of an ode block's forward and backward, in units of one state z `[B,T,D]`, each in a process of its own."""
+"""Peak memory of an ode block's forward and backward, in units of one state z `[B,T,D]`, each in its own process."""
 
 from __future__ import annotations
 

@@ -170,11 +170,12 @@ class _RecomputedHeads(torch.autograd.Function):
         z = z.detach().requires_grad_()
         with torch.enable_grad(), ctx.autocast.again():
             qkv = autocast(*ctx.attention.project(ctx.inside(z)))
-        edges = tuple(get_gradient_edge(t) for t in qkv)  # q, k, v themselves are done with before their gradients go on
-        arguments = _arguments(*(t.detach() for t in qkv), ctx.attention.theta, ctx.seqs)
+        edges = tuple(get_gradient_edge(t) for t in qkv)  # q, k, v are freed before their gradients are joined
+        q, k, v = (t.detach() for t in qkv)
+        arguments = _arguments(q, k, v, ctx.attention.theta, ctx.seqs)
         grad = grad.unflatten(2, o.shape[2:])
         dqkv = torch.ops.ultra_kernels.hope_attention_backward(grad, o, lse, False, *arguments)[:3]
-        del qkv, arguments, o, lse, grad
+        del qkv, q, k, v, arguments, o, lse, grad
         return None, None, None, *torch.autograd.grad(edges, (z, *ctx.trained), dqkv, allow_unused=True)
 
 

@@ -24,14 +24,15 @@ class AutocastState:
     """Whether and how autocast is on for x's device now, to compute the same again in a backward pass."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        kind = x.device.type
-        self._settings = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)} if kind != "meta" else None
-        self._enabled = self._settings is not None and torch.is_autocast_enabled(kind)
+        self._kind = x.device.type
+        if self._kind != "meta":
+            self._enabled = torch.is_autocast_enabled(self._kind)
+            self._dtype = torch.get_autocast_dtype(self._kind)
 
     def again(self) -> contextlib.AbstractContextManager[Any]:
-        if self._settings is None:
+        if self._kind == "meta":
             return contextlib.nullcontext()
-        return torch.autocast(**self._settings, enabled=self._enabled)
+        return torch.autocast(self._kind, self._dtype, self._enabled)
 
 
 class Component(nn.Module):

@@ -23,7 +23,7 @@ class OdeFields(ModelFields):
     ode_steps: int = Field(2, ge=1, description="Steps from t = 0 to t = 1.")
     ode_checkpoint: Literal["step", "none"] = Field(
         "step",
-        description="Keep one state per solver step and recompute in the backward pass (step), or keep everything (none).",
+        description="The backward recomputes and keeps one state per solver step (step), or keeps everything (none).",
     )
     ode_time: Literal["none", "additive"] = Field(
         "none", description="Time conditioning of f: none, or z + t * e with a learned e, zero at first."
