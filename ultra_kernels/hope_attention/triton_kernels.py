@@ -1,13 +1,16 @@
 """HoPE attention in Triton; the contract is in op.py.
 
 In light-cone coordinates u = (x1 + x2)/√2, w = (x1 - x2)/√2 of every pair, a logit is Σ e^(-r_u |m-n|) q_u k_u +
-e^(-r_w |m-n|) q_w k_w; for keys on the other side the two rates swap. A tile of BLOCK queries and BLOCK keys off the
-diagonal splits e^(-r |m-n|) into a factor of each query row up to the edge of its tile, one of each key row up to the
-edge of its own, and one of each channel for the gap between the edges, all at most 1. The operand that a program streams
-(keys forward and for dq, queries for dk and dv) is turned and shaped for both sides by `shape_kernel` beforehand; the one
-that it holds is turned by itself and takes the gap's factor. On the diagonal both rows are seen from the tile's centre,
-where the factors reach 2^±(BLOCK log2 e): those products are of float32 operands, and damping, which has no bound,
-multiplies them afterwards. Rotary heads turn by other matrices and have rates of 0.
+e^(-r_w |m-n|) q_w k_w; for keys on the other side the two rates swap. A tile of BLOCK queries and BLOCK keys splits
+e^(-r |m-n|) into factors of its rows. Off the diagonal each row is seen from the edge of its own tile, and a factor of
+each channel covers the gap between the edges: all at most 1. On the diagonal both rows are seen from the tile's centre,
+where factors reach e^±(rate BLOCK/2), rate <= 2, and damping, which has no bound, multiplies the logits. A tile is of
+one of four kinds:
+    0  on the diagonal, keys up to the query      2  on the diagonal, keys after the query
+    1  keys on the left                           3  keys on the right
+What a program streams (keys forward and for dq, queries for dk and dv) is turned and shaped for each kind by
+`shape_kernel` beforehand, in float32 beside float16, which could not hold it; what it holds is shaped in registers.
+Rotary heads turn by other matrices and have rates of 0.
 
 Softmax runs in powers of 2. The backward has a program per tile of queries for dq and one per tile of keys for dk and
 dv, so that no sum depends on an order; transposed scores are products of their own, since Triton 3.4 to 3.7.0 get a
@@ -20,7 +23,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -31,14 +33,14 @@ from .op import rates
 
 
 @triton.jit
-def _turned(x, row_ok, place, d, K2, row_stride, rotary, cosine, sine):
+def _turned(x, row_ok, place, d, K2, rotary, cosine, sine):
     """Rows at `x` as the two channels of every pair, in float32; place: positions for rotary heads."""
     ok = row_ok[:, None] & (d < K2)[None, :]
     at = x[:, None] + 2 * d[None, :]
     x1 = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     x2 = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
     if rotary != 0:
-        where = place.to(tl.int64)[:, None] * row_stride + d[None, :]
+        where = place.to(tl.int64)[:, None] * K2 + d[None, :]
         c = tl.load(cosine + where, mask=ok, other=0.0)
         s = tl.load(sine + where, mask=ok, other=0.0)
         u = x1 * c - x2 * s
@@ -50,11 +52,11 @@ def _turned(x, row_ok, place, d, K2, row_stride, rotary, cosine, sine):
 
 
 @triton.jit
-def _store_back(x, du, dw, row_ok, place, d, K2, row_stride, rotary, cosine, sine):
+def _store_back(x, du, dw, row_ok, place, d, K2, rotary, cosine, sine):
     """The transpose of _turned: gradients of both channels into the rows at `x`."""
     ok = row_ok[:, None] & (d < K2)[None, :]
     if rotary != 0:
-        where = place.to(tl.int64)[:, None] * row_stride + d[None, :]
+        where = place.to(tl.int64)[:, None] * K2 + d[None, :]
         c = tl.load(cosine + where, mask=ok, other=0.0)
         s = tl.load(sine + where, mask=ok, other=0.0)
         d1 = du * c + dw * s
@@ -83,13 +85,29 @@ def _raw_rows(x, batch, h, n, stride_batch, stride_row, stride_head):
 
 
 @triton.jit
-def _shaped_rows(x, side, batch, h, n, B, T, H, WIDTH: tl.constexpr):
-    """Rows of x [2,B,T,H,2,WIDTH]."""
-    return x + (((side * B + batch) * T.to(tl.int64) + n) * H + h) * (2 * WIDTH)
+def _shaped_rows(x, kind, batch, h, n, B, T, H, WIDTH: tl.constexpr):
+    """Rows of x [4,B,T,H,2,WIDTH]."""
+    return x + (((kind * B + batch) * T.to(tl.int64) + n) * H + h) * (2 * WIDTH)
+
+
+@triton.jit
+def _of_kind(kind, near, far, damp):
+    """Rates of the two channels of a pair for tiles of one kind."""
+    damped = tl.where(kind % 2 == 1, damp, 0.0)
+    return tl.where(kind < 2, near, far) + damped, tl.where(kind < 2, far, near) + damped
+
+
+@triton.jit
+def _factors(kind, keys, i, r_u, r_w, BLOCK: tl.constexpr):
+    """Factors of the rows of a tile of queries, or of keys (keys 1), as tiles [BLOCK, channels]."""
+    centre = tl.where((kind == 0) == (keys != 0), i - BLOCK // 2, BLOCK // 2 - i)
+    edge = tl.where((kind == 1) == (keys != 0), i - BLOCK + 1, -i)
+    power = tl.where(kind % 2 == 0, centre, edge).to(tl.float32)[:, None]
+    return tl.exp2(power * r_u[None, :]), tl.exp2(power * r_w[None, :])
 
 
 _SIZES = [
-    "B", "T", "H", "K2", "V16", "num_seqs", "slots", "rotary_heads", "causal", "table_row", "last_first",
+    "B", "T", "H", "K2", "V16", "num_seqs", "slots", "rotary_heads", "causal", "keys",
     *(f"{x}_{axis}" for x in "xqkvg" for axis in ("batch", "row", "head")),
 ]  # fmt: skip
 
@@ -97,76 +115,58 @@ _SIZES = [
 @triton.jit(do_not_specialize=_SIZES)
 def shape_kernel(
     x, shaped, rate, damping, cosine, sine, cu_seqlens, scale,
-    x_batch, x_row, x_head, B, T, H, K2, num_seqs, slots, rotary_heads, table_row, last_first,
+    x_batch, x_row, x_head, B, T, H, K2, num_seqs, slots, rotary_heads, keys,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """shaped `[2,B,T,H,2,WIDTH]` = scale · turned x times its rows' factors, for keys on the left and on the right.
-
-    last_first 1: on the left, rows are seen from their tile's last row (keys); 0: from its first (queries).
-    """
+    """shaped `[4,B,T,H,2,WIDTH]` = scale · turned x times its rows' factors, for each kind; keys 1: x are keys."""
     pid = tl.program_id(0)
     slot = pid % slots
     h = pid // slots
     _, batch, begin, end, block = _sequence(cu_seqlens, slot, num_seqs, T, BLOCK)
     i, d = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    n0 = begin + block * BLOCK
-    n = n0 + i
+    n = begin + block * BLOCK + i
     ok = n < end
     rotary = (h < rotary_heads).to(tl.int32)
-    u, w = _turned(
-        _raw_rows(x, batch, h, n, x_batch, x_row, x_head), ok, n - begin, d, K2, table_row, rotary, cosine, sine
-    )
+    u, w = _turned(_raw_rows(x, batch, h, n, x_batch, x_row, x_head), ok, n - begin, d, K2, rotary, cosine, sine)
     near, far, damp = _rates(rate, damping, d, K2, rotary)
-    for side in tl.static_range(2):
-        away = tl.where(last_first == 1 - side, BLOCK - 1 - i, i).to(tl.float32)[:, None]
-        r_u, r_w = (near, far) if side == 0 else (far, near)
-        rows = _shaped_rows(shaped, side, batch, h, n, B, T, H, WIDTH)[:, None] + d[None, :]
-        tl.store(rows, u * tl.exp2(-away * (r_u + damp)[None, :]) * scale, mask=ok[:, None])
-        tl.store(rows + WIDTH, w * tl.exp2(-away * (r_w + damp)[None, :]) * scale, mask=ok[:, None])
+    for kind in range(0, 4):
+        r_u, r_w = _of_kind(kind, near, far, damp)
+        f_u, f_w = _factors(kind, keys, i, r_u, r_w, BLOCK)
+        rows = _shaped_rows(shaped, kind, batch, h, n, B, T, H, WIDTH)[:, None] + d[None, :]
+        tl.store(rows, u * f_u * scale, mask=ok[:, None])
+        tl.store(rows + WIDTH, w * f_w * scale, mask=ok[:, None])
 
 
 @triton.jit
-def _gap_factors(near, far, damp, gap, on_left):
-    """What each channel loses over `gap` tokens between the edges of two tiles."""
-    distance = -gap.to(tl.float32)
-    r_u = tl.where(on_left, near, far)
-    r_w = tl.where(on_left, far, near)
-    return tl.exp2(distance * (r_u + damp)), tl.exp2(distance * (r_w + damp))
+def _tiles(kind, block, n0, begin, end, queries, BLOCK: tl.constexpr):
+    """How many tiles of this kind a block meets, and where the first starts; queries 1: the block is of keys."""
+    before = kind == tl.where(queries != 0, 3, 1)
+    after = (tl.maximum(end - n0 - BLOCK, 0) + BLOCK - 1) // BLOCK
+    count = tl.where(kind % 2 == 0, 1, tl.where(before, block, after))
+    first = tl.where(kind % 2 == 0, n0, tl.where(before, begin, n0 + BLOCK))
+    return count, first
 
 
 @triton.jit
-def _centred(u, w, i, near, far, sign, BLOCK: tl.constexpr):
-    """Rows seen from the tile's centre: times e^(-sign (i - BLOCK/2) rate)."""
-    away = -sign * (i - BLOCK // 2).to(tl.float32)[:, None]
-    return u * tl.exp2(away * near[None, :]), w * tl.exp2(away * far[None, :])
-
-
-@triton.jit
-def _diagonal(au, aw, bu, bw, gap, near, far, damp, i, query_first: tl.constexpr, causal, BLOCK: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
-    """Logits of a tile on the diagonal, in powers of 2; gap = m - n as a tile. Rows are queries or, transposed, keys."""
-    sign = 1.0 if query_first else -1.0
-    lu, lw = _centred(au, aw, i, near, far, sign, BLOCK)
-    ku, kw = _centred(bu, bw, i, near, far, -sign, BLOCK)
-    left = tl.dot(lu, tl.trans(ku), input_precision=PRECISION)
-    left = tl.dot(lw, tl.trans(kw), left, input_precision=PRECISION)
-    lu, lw = _centred(au, aw, i, far, near, -sign, BLOCK)
-    ku, kw = _centred(bu, bw, i, far, near, sign, BLOCK)
-    right = tl.dot(lu, tl.trans(ku), input_precision=PRECISION)
-    right = tl.dot(lw, tl.trans(kw), right, input_precision=PRECISION)
-    decay = tl.exp2(-tl.abs(gap).to(tl.float32) * damp)
-    right = tl.where(causal != 0, float("-inf"), right * decay)
-    return tl.where(gap >= 0, left * decay, right)
+def _logits(s, kind, m, n, n_ok, damp):
+    """Logits of a tile from its products: damping and the side of a tile on the diagonal; -inf where no key is seen."""
+    if kind % 2 == 0:
+        gap = m - n
+        s = s * tl.exp2(-tl.abs(gap).to(tl.float32) * damp)
+        s = tl.where(tl.where(kind == 0, gap >= 0, gap < 0) & n_ok, s, float("-inf"))
+    else:
+        s = tl.where(n_ok, s, float("-inf"))
+    return s
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    q, k, shaped_k, v, o, lse, rate, damping, cosine, sine, cu_seqlens, scale,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    B, T, H, K2, V16, num_seqs, slots, rotary_heads, causal, table_row,
+    q, shaped_k, v, o, lse, rate, damping, cosine, sine, cu_seqlens, scale,
+    q_batch, q_row, q_head, v_batch, v_row, v_head,
+    B, T, H, K2, V16, num_seqs, slots, rotary_heads, causal,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o `[B,T,H,V]` and lse `[B,H,T]`, in powers of 2, of one tile of queries. Grid: slots of BLOCK rows, then heads."""
+    """o `[B,T,H,V]` and lse `[B,H,T]`, in powers of 2, of a tile of queries. Grid: slots of BLOCK rows, then heads."""
     pid = tl.program_id(0)
     slot = pid % slots
     h = pid // slots
@@ -180,48 +180,35 @@ def forward_kernel(
     m_ok = m < end
     rotary = (h < rotary_heads).to(tl.int32)
     near, far, damp = _rates(rate, damping, d, K2, rotary)
-    qu, qw = _turned(
-        _raw_rows(q, batch, h, m, q_batch, q_row, q_head), m_ok, m - begin, d, K2, table_row, rotary, cosine, sine
-    )
+    qu, qw = _turned(_raw_rows(q, batch, h, m, q_batch, q_row, q_head), m_ok, m - begin, d, K2, rotary, cosine, sine)
     qu, qw = qu * scale, qw * scale
 
-    # the diagonal first: every row sees a key there
-    ku, kw = _turned(
-        _raw_rows(k, batch, h, m, k_batch, k_row, k_head), m_ok, m - begin, d, K2, table_row, rotary, cosine, sine
-    )
-    s = _diagonal(qu, qw, ku, kw, i[:, None] - i[None, :], near, far, damp, i, True, causal, BLOCK, PRECISION)
-    s = tl.where(m_ok[None, :], s, float("-inf"))
-    most = tl.max(s, axis=1)
-    p = tl.exp2(s - most[:, None])
-    total = tl.sum(p, axis=1)
-    values = _load(_rows(v, batch, h, m, v_batch, v_row, v_head), m_ok, e, V)
-    acc = tl.dot(p.to(v.dtype.element_ty), values, input_precision="ieee")
-
-    n_left = block
-    n_right = tl.where(causal != 0, 0, (tl.maximum(end - n0 - BLOCK, 0) + BLOCK - 1) // BLOCK)
-    row_u, row_w = i.to(tl.float32)[:, None], (BLOCK - 1 - i).to(tl.float32)[:, None]
-    left_u, left_w = qu * tl.exp2(-row_u * (near + damp)[None, :]), qw * tl.exp2(-row_u * (far + damp)[None, :])
-    right_u, right_w = qu * tl.exp2(-row_w * (far + damp)[None, :]), qw * tl.exp2(-row_w * (near + damp)[None, :])
-    for t in range(0, n_left + n_right):
-        on_left = t < n_left
-        key = tl.where(on_left, begin + t * BLOCK, n0 + (t - n_left + 1) * BLOCK)
-        gap = tl.where(on_left, n0 - key - BLOCK + 1, key - n0 - BLOCK + 1)
-        gap_u, gap_w = _gap_factors(near, far, damp, gap, on_left)
-        n = key + i
-        n_ok = n < end
-        k_rows = _shaped_rows(shaped_k, tl.where(on_left, 0, 1), batch, h, n, B, T, H, WIDTH)
-        a = (tl.where(on_left, left_u, right_u) * gap_u[None, :]).to(q.dtype.element_ty)
-        b = (tl.where(on_left, left_w, right_w) * gap_w[None, :]).to(q.dtype.element_ty)
-        s = tl.dot(a, tl.trans(_load(k_rows, n_ok, d, WIDTH)), input_precision="ieee")
-        s = tl.dot(b, tl.trans(_load(k_rows + WIDTH, n_ok, d, WIDTH)), s, input_precision="ieee")
-        s = tl.where(n_ok[None, :], s, float("-inf"))
-        largest = tl.maximum(most, tl.max(s, axis=1))
-        shrink = tl.exp2(most - largest)
-        p = tl.exp2(s - largest[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        values = _load(_rows(v, batch, h, n, v_batch, v_row, v_head), n_ok, e, V)
-        acc = tl.dot(p.to(v.dtype.element_ty), values, acc * shrink[:, None], input_precision="ieee")
-        most = largest
+    most = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
+    for kind in range(0, 4 - 2 * causal):  # the first shows every row its own key
+        r_u, r_w = _of_kind(kind, near, far, damp)
+        f_u, f_w = _factors(kind, 0, i, r_u, r_w, BLOCK)
+        held_u, held_w = qu * f_u, qw * f_w
+        count, first = _tiles(kind, block, n0, begin, end, 0, BLOCK)
+        for t in range(0, count):
+            n0_key = first + t * BLOCK
+            between = tl.maximum(tl.abs(n0_key - n0) - BLOCK + 1, 0).to(tl.float32)
+            n = n0_key + i
+            n_ok = n < end
+            k_rows = _shaped_rows(shaped_k, kind, batch, h, n, B, T, H, WIDTH)
+            a = (held_u * tl.exp2(-between * r_u)[None, :]).to(shaped_k.dtype.element_ty)
+            b = (held_w * tl.exp2(-between * r_w)[None, :]).to(shaped_k.dtype.element_ty)
+            s = tl.dot(a, tl.trans(_load(k_rows, n_ok, d, WIDTH)), input_precision=PRECISION)
+            s = tl.dot(b, tl.trans(_load(k_rows + WIDTH, n_ok, d, WIDTH)), s, input_precision=PRECISION)
+            s = _logits(s, kind, m[:, None], n[None, :], n_ok[None, :], damp)
+            largest = tl.maximum(most, tl.max(s, axis=1))
+            shrink = tl.exp2(most - largest)
+            p = tl.exp2(s - largest[:, None])
+            total = total * shrink + tl.sum(p, axis=1)
+            values = _load(_rows(v, batch, h, n, v_batch, v_row, v_head), n_ok, e, V)
+            acc = tl.dot(p.to(v.dtype.element_ty), values, acc * shrink[:, None], input_precision=PRECISION)
+            most = largest
 
     o_rows = o + ((batch * T.to(tl.int64) + m) * H + h) * V
     tl.store(o_rows[:, None] + e[None, :], acc / total[:, None], mask=m_ok[:, None] & (e < V)[None, :])
@@ -230,9 +217,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def dq_kernel(
-    q, k, shaped_k, v, g, dq, ddamping, lse, delta, rate, damping, cosine, sine, cu_seqlens, scale,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head,
-    B, T, H, K2, V16, num_seqs, slots, rotary_heads, causal, table_row,
+    q, shaped_k, v, g, dq, ddamping, lse, delta, rate, damping, cosine, sine, cu_seqlens, scale,
+    q_batch, q_row, q_head, v_batch, v_row, v_head, g_batch, g_row, g_head,
+    B, T, H, K2, V16, num_seqs, slots, rotary_heads, causal,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq `[B,T,H,2 K2]` of one tile of queries, and in ddamping `[H,slots]` its Σ dlogit · logit · |m-n|."""
@@ -249,80 +236,58 @@ def dq_kernel(
     m_ok = m < end
     rotary = (h < rotary_heads).to(tl.int32)
     near, far, damp = _rates(rate, damping, d, K2, rotary)
-    qu, qw = _turned(
-        _raw_rows(q, batch, h, m, q_batch, q_row, q_head), m_ok, m - begin, d, K2, table_row, rotary, cosine, sine
-    )
+    qu, qw = _turned(_raw_rows(q, batch, h, m, q_batch, q_row, q_head), m_ok, m - begin, d, K2, rotary, cosine, sine)
     qu, qw = qu * scale, qw * scale
     row = (batch * H + h) * T.to(tl.int64) + m
     most = tl.load(lse + row, mask=m_ok, other=float("inf"))[:, None]
     own = tl.load(delta + row, mask=m_ok, other=0.0)[:, None]
     dout = _load(_rows(g, batch, h, m, g_batch, g_row, g_head), m_ok, e, V)
 
-    ku, kw = _turned(
-        _raw_rows(k, batch, h, m, k_batch, k_row, k_head), m_ok, m - begin, d, K2, table_row, rotary, cosine, sine
-    )
-    gap = i[:, None] - i[None, :]
-    s = _diagonal(qu, qw, ku, kw, gap, near, far, damp, i, True, causal, BLOCK, PRECISION)
-    p = tl.exp2(tl.where(m_ok[None, :], s, float("-inf")) - most)
-    values = _load(_rows(v, batch, h, m, v_batch, v_row, v_head), m_ok, e, V)
-    ds = p * (tl.dot(dout, tl.trans(values), input_precision="ieee") - own)
-    distance = tl.abs(gap).to(tl.float32)
-    by_damping = tl.sum(tl.where(p > 0, ds * s, 0.0) * distance, axis=1)
-    ds = ds * tl.exp2(-distance * damp)
-    below, above = tl.where(gap >= 0, ds, 0.0), tl.where(gap < 0, ds, 0.0)
-    bu, bw = _centred(ku, kw, i, near, far, -1.0, BLOCK)
-    du = tl.dot(below, bu, input_precision=PRECISION)
-    dw = tl.dot(below, bw, input_precision=PRECISION)
-    du, dw = _centred(du, dw, i, near, far, 1.0, BLOCK)
-    bu, bw = _centred(ku, kw, i, far, near, 1.0, BLOCK)
-    au, aw = _centred(
-        tl.dot(above, bu, input_precision=PRECISION), tl.dot(above, bw, input_precision=PRECISION), i, far, near, -1.0,
-        BLOCK,
-    )  # fmt: skip
-    du, dw = du + au, dw + aw
-
-    for side in tl.static_range(2):
-        # static: each side has sums of its own, which get their rows' factors once
-        count = tl.where(causal != 0, 0, (tl.maximum(end - n0 - BLOCK, 0) + BLOCK - 1) // BLOCK) if side else block
-        away = ((BLOCK - 1 - i) if side else i).to(tl.float32)[:, None]
-        r_u, r_w = (far, near) if side else (near, far)
-        factor_u, factor_w = tl.exp2(-away * (r_u + damp)[None, :]), tl.exp2(-away * (r_w + damp)[None, :])
-        side_u, side_w = qu * factor_u, qw * factor_w
+    du = tl.zeros((BLOCK, WIDTH), tl.float32)
+    dw = tl.zeros((BLOCK, WIDTH), tl.float32)
+    by_damping = tl.zeros((BLOCK,), tl.float32)
+    for kind in range(0, 4 - 2 * causal):
+        r_u, r_w = _of_kind(kind, near, far, damp)
+        f_u, f_w = _factors(kind, 0, i, r_u, r_w, BLOCK)
+        held_u, held_w = qu * f_u, qw * f_w
         sum_u = tl.zeros((BLOCK, WIDTH), tl.float32)
         sum_w = tl.zeros((BLOCK, WIDTH), tl.float32)
+        count, first = _tiles(kind, block, n0, begin, end, 0, BLOCK)
         for t in range(0, count):
-            key = n0 + (t + 1) * BLOCK if side else begin + t * BLOCK
-            between = (key - n0 if side else n0 - key) - BLOCK + 1
-            gap_u, gap_w = _gap_factors(r_u, r_w, damp, between, True)
-            n = key + i
+            n0_key = first + t * BLOCK
+            between = tl.maximum(tl.abs(n0_key - n0) - BLOCK + 1, 0).to(tl.float32)
+            g_u, g_w = tl.exp2(-between * r_u)[None, :], tl.exp2(-between * r_w)[None, :]
+            n = n0_key + i
             n_ok = n < end
-            k_rows = _shaped_rows(shaped_k, side, batch, h, n, B, T, H, WIDTH)
-            bu, bw = _load(k_rows, n_ok, d, WIDTH), _load(k_rows + WIDTH, n_ok, d, WIDTH)
-            a, b = (side_u * gap_u[None, :]).to(q.dtype.element_ty), (side_w * gap_w[None, :]).to(q.dtype.element_ty)
-            s = tl.dot(a, tl.trans(bu), input_precision="ieee")
-            s = tl.dot(b, tl.trans(bw), s, input_precision="ieee")
-            p = tl.exp2(tl.where(n_ok[None, :], s, float("-inf")) - most)
+            k_rows = _shaped_rows(shaped_k, kind, batch, h, n, B, T, H, WIDTH)
+            b_u, b_w = _load(k_rows, n_ok, d, WIDTH), _load(k_rows + WIDTH, n_ok, d, WIDTH)
+            s = tl.dot((held_u * g_u).to(b_u.dtype), tl.trans(b_u), input_precision=PRECISION)
+            s = tl.dot((held_w * g_w).to(b_w.dtype), tl.trans(b_w), s, input_precision=PRECISION)
+            s = _logits(s, kind, m[:, None], n[None, :], n_ok[None, :], damp)
             values = _load(_rows(v, batch, h, n, v_batch, v_row, v_head), n_ok, e, V)
-            ds = p * (tl.dot(dout, tl.trans(values), input_precision="ieee") - own)
-            by_damping += tl.sum(ds * s * tl.abs(m[:, None] - n[None, :]).to(tl.float32), axis=1)
-            ds = ds.to(q.dtype.element_ty)
-            sum_u += tl.dot(ds, bu, input_precision="ieee") * gap_u[None, :]
-            sum_w += tl.dot(ds, bw, input_precision="ieee") * gap_w[None, :]
-        du += sum_u * factor_u
-        dw += sum_w * factor_w
+            ds = tl.exp2(s - most) * (tl.dot(dout, tl.trans(values), input_precision=PRECISION) - own)
+            distance = tl.abs(m[:, None] - n[None, :]).to(tl.float32)
+            by_damping += tl.sum(tl.where(s > float("-inf"), ds * s * distance, 0.0), axis=1)
+            if kind % 2 == 0:
+                ds = ds * tl.exp2(-distance * damp)
+            rounded = ds.to(b_u.dtype)
+            sum_u += tl.dot(rounded, b_u, input_precision=PRECISION) * g_u
+            sum_w += tl.dot(rounded, b_w, input_precision=PRECISION) * g_w
+        du += sum_u * f_u
+        dw += sum_w * f_w
 
     unit = scale * 0.6931471805599453
     rows = dq + ((batch * T.to(tl.int64) + m) * H + h) * (2 * K2)
-    _store_back(rows, du * unit, dw * unit, m_ok, m - begin, d, K2, table_row, rotary, cosine, sine)
+    _store_back(rows, du * unit, dw * unit, m_ok, m - begin, d, K2, rotary, cosine, sine)
     total = tl.sum(tl.where(m_ok, by_damping, 0.0), axis=0) * tl.where(rotary != 0, 0.0, 0.6931471805599453)
     tl.store(ddamping + h.to(tl.int64) * slots + slot, total)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def dkdv_kernel(
-    q, k, shaped_q, v, g, dk, dv, lse, delta, rate, damping, cosine, sine, cu_seqlens, scale,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head,
-    B, T, H, K2, V16, num_seqs, slots, rotary_heads, causal, table_row,
+    k, shaped_q, v, g, dk, dv, lse, delta, rate, damping, cosine, sine, cu_seqlens,
+    k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head,
+    B, T, H, K2, V16, num_seqs, slots, rotary_heads, causal,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk `[B,T,H,2 K2]` and dv `[B,T,H,V]` of one tile of keys; scores are transposed, keys by queries."""
@@ -339,102 +304,79 @@ def dkdv_kernel(
     n_ok = n < end
     rotary = (h < rotary_heads).to(tl.int32)
     near, far, damp = _rates(rate, damping, d, K2, rotary)
-    ku, kw = _turned(
-        _raw_rows(k, batch, h, n, k_batch, k_row, k_head), n_ok, n - begin, d, K2, table_row, rotary, cosine, sine
-    )
+    ku, kw = _turned(_raw_rows(k, batch, h, n, k_batch, k_row, k_head), n_ok, n - begin, d, K2, rotary, cosine, sine)
     values = _load(_rows(v, batch, h, n, v_batch, v_row, v_head), n_ok, e, V)
     head_row = (batch * H + h) * T.to(tl.int64)
 
-    qu, qw = _turned(
-        _raw_rows(q, batch, h, n, q_batch, q_row, q_head), n_ok, n - begin, d, K2, table_row, rotary, cosine, sine
-    )
-    qu, qw = qu * scale, qw * scale
-    gap = i[None, :] - i[:, None]
-    most = tl.load(lse + head_row + n, mask=n_ok, other=float("inf"))[None, :]
-    own = tl.load(delta + head_row + n, mask=n_ok, other=0.0)[None, :]
-    dout = _load(_rows(g, batch, h, n, g_batch, g_row, g_head), n_ok, e, V)
-    s = _diagonal(ku, kw, qu, qw, gap, near, far, damp, i, False, causal, BLOCK, PRECISION)
-    p = tl.exp2(tl.where(n_ok[:, None], s, float("-inf")) - most)
-    dvalues = tl.dot(p.to(v.dtype.element_ty), dout, input_precision="ieee")
-    ds = p * (tl.dot(values, tl.trans(dout), input_precision="ieee") - own)
-    ds = ds * tl.exp2(-tl.abs(gap).to(tl.float32) * damp)
-    below, above = tl.where(gap >= 0, ds, 0.0), tl.where(gap < 0, ds, 0.0)
-    bu, bw = _centred(qu, qw, i, near, far, 1.0, BLOCK)
-    du = tl.dot(below, bu, input_precision=PRECISION)
-    dw = tl.dot(below, bw, input_precision=PRECISION)
-    du, dw = _centred(du, dw, i, near, far, -1.0, BLOCK)
-    bu, bw = _centred(qu, qw, i, far, near, -1.0, BLOCK)
-    au, aw = _centred(
-        tl.dot(above, bu, input_precision=PRECISION), tl.dot(above, bw, input_precision=PRECISION), i, far, near, 1.0,
-        BLOCK,
-    )  # fmt: skip
-    du, dw = du + au, dw + aw
-
-    for side in tl.static_range(2):
-        # side 0: these keys are on the left of their queries, which come after them
-        after = (tl.maximum(end - n0 - BLOCK, 0) + BLOCK - 1) // BLOCK
-        count = tl.where(causal != 0, 0, block) if side else after
-        away = (i if side else (BLOCK - 1 - i)).to(tl.float32)[:, None]
-        r_u, r_w = (far, near) if side else (near, far)
-        factor_u, factor_w = tl.exp2(-away * (r_u + damp)[None, :]), tl.exp2(-away * (r_w + damp)[None, :])
-        side_u, side_w = ku * factor_u, kw * factor_w
+    du = tl.zeros((BLOCK, WIDTH), tl.float32)
+    dw = tl.zeros((BLOCK, WIDTH), tl.float32)
+    dvalues = tl.zeros((BLOCK, BLOCK_V), tl.float32)
+    for kind in range(0, 4 - 2 * causal):
+        r_u, r_w = _of_kind(kind, near, far, damp)
+        f_u, f_w = _factors(kind, 1, i, r_u, r_w, BLOCK)
+        held_u, held_w = ku * f_u, kw * f_w
         sum_u = tl.zeros((BLOCK, WIDTH), tl.float32)
         sum_w = tl.zeros((BLOCK, WIDTH), tl.float32)
+        count, first = _tiles(kind, block, n0, begin, end, 1, BLOCK)
         for t in range(0, count):
-            query = begin + t * BLOCK if side else n0 + (t + 1) * BLOCK
-            between = (n0 - query if side else query - n0) - BLOCK + 1
-            gap_u, gap_w = _gap_factors(r_u, r_w, damp, between, True)
-            m = query + i
+            n0_query = first + t * BLOCK
+            between = tl.maximum(tl.abs(n0_query - n0) - BLOCK + 1, 0).to(tl.float32)
+            g_u, g_w = tl.exp2(-between * r_u)[None, :], tl.exp2(-between * r_w)[None, :]
+            m = n0_query + i
             m_ok = m < end
-            q_rows = _shaped_rows(shaped_q, side, batch, h, m, B, T, H, WIDTH)
-            bu, bw = _load(q_rows, m_ok, d, WIDTH), _load(q_rows + WIDTH, m_ok, d, WIDTH)
-            a, b = (side_u * gap_u[None, :]).to(q.dtype.element_ty), (side_w * gap_w[None, :]).to(q.dtype.element_ty)
-            s = tl.dot(a, tl.trans(bu), input_precision="ieee")
-            s = tl.dot(b, tl.trans(bw), s, input_precision="ieee")
+            q_rows = _shaped_rows(shaped_q, kind, batch, h, m, B, T, H, WIDTH)
+            b_u, b_w = _load(q_rows, m_ok, d, WIDTH), _load(q_rows + WIDTH, m_ok, d, WIDTH)
+            s = tl.dot((held_u * g_u).to(b_u.dtype), tl.trans(b_u), input_precision=PRECISION)
+            s = tl.dot((held_w * g_w).to(b_w.dtype), tl.trans(b_w), s, input_precision=PRECISION)
+            s = _logits(s, kind, m[None, :], n[:, None], n_ok[:, None], damp)
             most = tl.load(lse + head_row + m, mask=m_ok, other=float("inf"))[None, :]
             own = tl.load(delta + head_row + m, mask=m_ok, other=0.0)[None, :]
             dout = _load(_rows(g, batch, h, m, g_batch, g_row, g_head), m_ok, e, V)
             p = tl.exp2(s - most)
-            dvalues = tl.dot(p.to(v.dtype.element_ty), dout, dvalues, input_precision="ieee")
-            ds = (p * (tl.dot(values, tl.trans(dout), input_precision="ieee") - own)).to(q.dtype.element_ty)
-            sum_u += tl.dot(ds, bu, input_precision="ieee") * gap_u[None, :]
-            sum_w += tl.dot(ds, bw, input_precision="ieee") * gap_w[None, :]
-        du += sum_u * factor_u
-        dw += sum_w * factor_w
+            dvalues = tl.dot(p.to(v.dtype.element_ty), dout, dvalues, input_precision=PRECISION)
+            ds = p * (tl.dot(values, tl.trans(dout), input_precision=PRECISION) - own)
+            if kind % 2 == 0:
+                ds = ds * tl.exp2(-tl.abs(m[None, :] - n[:, None]).to(tl.float32) * damp)
+            rounded = ds.to(b_u.dtype)
+            sum_u += tl.dot(rounded, b_u, input_precision=PRECISION) * g_u
+            sum_w += tl.dot(rounded, b_w, input_precision=PRECISION) * g_w
+        du += sum_u * f_u
+        dw += sum_w * f_w
 
     ok = n_ok[:, None] & (e < V)[None, :]
     tl.store((dv + ((batch * T.to(tl.int64) + n) * H + h) * V)[:, None] + e[None, :], dvalues, mask=ok)
     rows = dk + ((batch * T.to(tl.int64) + n) * H + h) * (2 * K2)
     unit = 0.6931471805599453
-    _store_back(rows, du * unit, dw * unit, n_ok, n - begin, d, K2, table_row, rotary, cosine, sine)
+    _store_back(rows, du * unit, dw * unit, n_ok, n - begin, d, K2, rotary, cosine, sine)
+
+
+# The head dimensions up to which a tile serves (half of one is the inner length of a product) -> rows of a tile, the
+# same in all kernels of a call, which see rows from the same edges. By architecture, the oldest that a table is for: a
+# tile of 64 rows of 64 channels spills on sm_80 and sm_100.
+HALF = {80: {32: 32, 128: 32}, 90: {32: 64, 64: 64, 128: 32}, 100: {32: 64, 128: 32}}
+SINGLE = {64: 16, 128: 16}
 
 
 class Tile(NamedTuple):
-    block: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    precision: str = "tf32x3"  # of float32 operands
 
 
-WIDTHS = (16, 32, 64)  # of half a head: the smallest product of the tensor units is 16 long
-VALUES = (16, 32, 64, 128)
-# (kernel, half precision) -> tile. Not timed on a GPU yet. Float32 products run on the plain units, which hold the
-# operands in registers.
+# (kernel, half precision) -> head dimension -> tile. Not timed on a GPU yet. Beside float16 the shaped operands are
+# float32, and tf32 holds as many bits as float16. Three such products are exact to 2^-22 of each operand; plain units
+# ("ieee") hold the operands of whole tiles in registers, and spill in other cases than the tensor units do.
 TILES = {
-    ("forward", True): Tile(64, 4, 2),
-    ("dq", True): Tile(64, 8, 1),
-    ("dkdv", True): Tile(64, 8, 1),
-    ("forward", False): Tile(32, 8, 1),
-    ("dq", False): Tile(32, 8, 1),
-    ("dkdv", False): Tile(32, 8, 1),
+    ("forward", True): {32: Tile(4, 2, "tf32"), 64: Tile(8, 2, "tf32"), 128: Tile(8, 2, "tf32")},
+    ("dq", True): {32: Tile(8, 1, "tf32"), 64: Tile(8, 1, "tf32"), 128: Tile(8, 1, "tf32")},
+    ("dkdv", True): {32: Tile(8, 1, "tf32"), 64: Tile(8, 1, "tf32"), 128: Tile(8, 1, "tf32")},
+    ("forward", False): {64: Tile(8), 128: Tile(8)},
+    ("dq", False): {64: Tile(8), 128: Tile(8)},
+    ("dkdv", False): {64: Tile(8), 128: Tile(4, 1, "ieee")},
 }
 SHAPE_WARPS = 4
 FUSION = True  # Triton's own default differs between versions
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
-
-
-def _block(half: bool) -> int:
-    """Rows of a tile: the same in all kernels of a call, which see rows from the same edges."""
-    return TILES["forward", half].block
 
 
 class Problem(NamedTuple):
@@ -444,8 +386,8 @@ class Problem(NamedTuple):
     tables: dict[str, torch.Tensor]
     slots: int
     half: bool
-    width: int
-    block_v: int
+    head: int
+    block: int
 
 
 def _problem(
@@ -463,7 +405,8 @@ def _problem(
     half = q.dtype != torch.float32
     borders = q.new_empty(0, dtype=torch.int32) if cu_seqlens is None else cu_seqlens.int().contiguous()
     num_seqs = 0 if cu_seqlens is None else borders.numel() - 1
-    block = _block(half)
+    table = HALF[max(arch for arch in HALF if arch <= max(_triton.arch_of(q), min(HALF)))] if half else SINGLE
+    head, block = next(sizes for sizes in table.items() if sizes[0] >= max(K, V))
     slots = B * triton.cdiv(T, block) if cu_seqlens is None else T // block + num_seqs
     own = rates(K, base, mode).view(-1, 2).T.contiguous()  # near and far, [2, K/2]
     angle = torch.zeros(1, K // 2, dtype=torch.float64, device=q.device)
@@ -476,20 +419,17 @@ def _problem(
     }  # fmt: skip
     numbers = {
         "B": B, "T": T, "H": H, "K2": K // 2, "num_seqs": num_seqs, "slots": slots, "rotary_heads": rotary_heads,
-        "table_row": K // 2,
     }  # fmt: skip
-    width = next(w for w in WIDTHS if 2 * w >= K)
-    block_v = next(w for w in VALUES if w >= V)
-    return Problem(numbers, tables, slots, half, width, block_v)
+    return Problem(numbers, tables, slots, half, head, block)
 
 
 def _shaped(problem: Problem, x: torch.Tensor, scale: float, keys: bool) -> torch.Tensor:
-    """x turned and shaped for both sides, in its own dtype."""
-    out = x.new_empty(2, *x.shape[:3], 2, problem.width)
+    """x turned and shaped for each kind of tile: float16 would overflow on the diagonal."""
+    out = x.new_empty(4, *x.shape[:3], problem.head, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
     if grid := problem.slots * x.shape[2]:
         shape_kernel[(grid,)](
-            x, out, scale=scale, **_named("x", _elements(x)), last_first=int(keys), **problem.numbers, **problem.tables,
-            BLOCK=_block(problem.half), WIDTH=problem.width, num_warps=SHAPE_WARPS, enable_fp_fusion=FUSION,
+            x, out, scale=scale, **_named("x", _elements(x)), keys=int(keys), **problem.numbers, **problem.tables,
+            BLOCK=problem.block, WIDTH=problem.head // 2, num_warps=SHAPE_WARPS, enable_fp_fusion=FUSION,
         )  # fmt: skip
     return out
 
@@ -504,11 +444,11 @@ def _named(name: str, strides: list[int]) -> dict[str, int]:
 
 
 def _launch(kernel: str, problem: Problem, causal: bool, **arguments: Any) -> None:
-    tile = TILES[kernel, problem.half]
+    tile = TILES[kernel, problem.half][problem.head]
     if grid := problem.slots * problem.numbers["H"]:
         KERNELS[kernel][(grid,)](
-            **arguments, **problem.numbers, **problem.tables, causal=int(causal), BLOCK=tile.block, WIDTH=problem.width,
-            BLOCK_V=problem.block_v, PRECISION="tf32" if problem.half else "ieee", num_warps=tile.num_warps,
+            **arguments, **problem.numbers, **problem.tables, causal=int(causal), BLOCK=problem.block,
+            WIDTH=problem.head // 2, BLOCK_V=problem.head, PRECISION=tile.precision, num_warps=tile.num_warps,
             num_stages=tile.num_stages, enable_fp_fusion=FUSION,
         )  # fmt: skip
 
@@ -539,9 +479,8 @@ def forward(
     o = torch.empty_like(values, memory_format=torch.contiguous_format)
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     _launch(
-        "forward", problem, causal, q=q, k=k, shaped_k=_shaped(problem, k, 1.0, keys=True), v=values, o=o, lse=lse,
-        scale=scale * LOG2E, **_named("q", _elements(q)), **_named("k", _elements(k)), **_named("v", _strides(values)),
-        V16=values.shape[3] // 16,
+        "forward", problem, causal, q=q, shaped_k=_shaped(problem, k, 1.0, keys=True), v=values, o=o, lse=lse,
+        scale=scale * LOG2E, **_named("q", _elements(q)), **_named("v", _strides(values)), V16=values.shape[3] // 16,
     )  # fmt: skip
     o, lse = o[..., : v.shape[3]], lse / LOG2E
     if prefix_k is None or prefix_v is None:
@@ -585,12 +524,17 @@ def backward(
     dv = torch.empty_like(values, memory_format=torch.contiguous_format)
     parts = q.new_zeros((q.shape[2], max(problem.slots, 1)), dtype=torch.float32)
     shared = dict(
-        q=q, k=k, v=values, g=cotangent, lse=lse * LOG2E, delta=delta, scale=scale * LOG2E,
-        **_named("q", _elements(q)), **_named("k", _elements(k)), **_named("v", _strides(values)),
+        v=values, g=cotangent, lse=lse * LOG2E, delta=delta, **_named("v", _strides(values)),
         **_named("g", _strides(cotangent)), V16=values.shape[3] // 16,
     )  # fmt: skip
-    _launch("dq", problem, causal, shaped_k=_shaped(problem, k, 1.0, keys=True), dq=dq, ddamping=parts, **shared)
-    _launch("dkdv", problem, causal, shaped_q=_shaped(problem, q, scale * LOG2E, keys=False), dk=dk, dv=dv, **shared)
+    _launch(
+        "dq", problem, causal, q=q, shaped_k=_shaped(problem, k, 1.0, keys=True), dq=dq, ddamping=parts,
+        scale=scale * LOG2E, **_named("q", _elements(q)), **shared,
+    )  # fmt: skip
+    _launch(
+        "dkdv", problem, causal, k=k, shaped_q=_shaped(problem, q, scale * LOG2E, keys=False), dk=dk, dv=dv,
+        **_named("k", _elements(k)), **shared,
+    )  # fmt: skip
     none = q.new_empty(0, dtype=torch.float32)
     ddamping = -parts.sum() if wants_damping else none
     dv = dv[..., : v.shape[3]].contiguous()
@@ -611,24 +555,25 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def configurations() -> Iterator[Configuration]:
-    """Every specialisation that the op launches; bfloat16 and float16 differ in the type of the products alone."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        archs = (90,) if dtype == "fp16" else ARCHS
-        half = dtype != "fp32"
-        block = _block(half)
-        for width in WIDTHS:
-            yield _configuration(f"shape-{dtype}-{width}", shape_kernel, dtype, {"BLOCK": block, "WIDTH": width},
-                                 SHAPE_WARPS, 3, archs)  # fmt: skip
-            for block_v in VALUES:
-                for name, kernel in KERNELS.items():
-                    tile = TILES[name, half]
-                    constexprs = {
-                        "BLOCK": tile.block, "WIDTH": width, "BLOCK_V": block_v,
-                        "PRECISION": "tf32" if half else "ieee",
-                    }  # fmt: skip
-                    yield _configuration(f"{name}-{dtype}-{width}-{block_v}", kernel, dtype, constexprs,
-                                         tile.num_warps, tile.num_stages, archs)  # fmt: skip
+def configurations() -> list[Configuration]:
+    """Every specialisation that the op launches."""
+    return list(_configurations())
+
+
+def _configurations() -> Iterator[Configuration]:
+    def tiled(dtype: str, table: dict[int, int], suffix: str, archs: tuple[int, ...]) -> Iterator[Configuration]:
+        for head, block in table.items():
+            shape, name = {"BLOCK": block, "WIDTH": head // 2}, f"{dtype}{suffix}-{head}"
+            yield _configuration(f"shape-{name}", shape_kernel, dtype, shape, Tile(SHAPE_WARPS, 3), archs)
+            for kernel in KERNELS:
+                tile = TILES[kernel, dtype != "fp32"][head]
+                constexprs = shape | {"BLOCK_V": head, "PRECISION": tile.precision}
+                yield _configuration(f"{kernel}-{name}", KERNELS[kernel], dtype, constexprs, tile, archs)
+
+    for arch, table in HALF.items():
+        for dtype in ("bf16", "fp16"):
+            yield from tiled(dtype, table, f"-sm{arch}", (arch,))
+    yield from tiled("fp32", SINGLE, "", ARCHS)
 
 
 def _configuration(
@@ -636,16 +581,15 @@ def _configuration(
     kernel: Any,
     dtype: str,
     constexprs: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
+    tile: Tile,
     archs: tuple[int, ...],
 ) -> Configuration:
-    typed = {"x", "shaped", "q", "k", "v", "o", "g", "dq", "dk", "dv", "shaped_k", "shaped_q"}
+    typed, shaped = {"x", *"qkvog", "dq", "dk", "dv"}, "fp32" if dtype == "fp16" else dtype
     signature = {
         a: "i32" if a in _SIZES else "fp32" if a == "scale" else "*i32" if a == "cu_seqlens"
-        else f"*{dtype if a in typed else 'fp32'}"
+        else f"*{shaped if a.startswith('shaped') else dtype if a in typed else 'fp32'}"
         for a in kernel.arg_names
         if a not in constexprs
     }  # fmt: skip
     addresses = tuple(a for a, t in signature.items() if t.startswith("*"))
-    return Configuration(name, kernel, signature, constexprs, addresses, num_warps, num_stages, FUSION, archs)
+    return Configuration(name, kernel, signature, constexprs, addresses, tile.num_warps, tile.num_stages, FUSION, archs)
