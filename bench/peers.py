@@ -1,4 +1,4 @@
-"""Other libraries' functions for the same equation, called with an op's own arguments.
+"""Other libraries' functions for the same equation, unless they say so, called with an op's own arguments.
 
 A peer raises ImportError where its package is missing and NotImplementedError for cases that it does not cover.
 """
@@ -121,6 +121,14 @@ def eager_retention(q, k, v, log_decay, *, scale=None, direction="bidirectional"
     return torch.einsum("bhnm,bmhv->bnhv", scores, v)
 
 
+def torch_softmax(q, k, v, *, scale=None, causal=False, cu_seqlens=None, **options):
+    """Softmax attention of the same shape, another equation: what one runs where these two are too slow."""
+    if cu_seqlens is not None or options.get("prefix_k") is not None:
+        raise NotImplementedError("scaled_dot_product_attention: dense rows")
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
 def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_loss=0.0, reduction="mean"):
     if z_loss:
         raise NotImplementedError("F.cross_entropy has no z loss")
@@ -132,8 +140,10 @@ def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_
 PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
     "bidirectional_scan": {"two-scans": two_selective_scans},
     "causal_conv1d": {"torch": torch_conv1d, "causal-conv1d": dao_causal_conv1d},
+    "hope_attention": {"torch-softmax": torch_softmax},
     "layer_norm": {"torch": torch_layer_norm},
     "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
     "retention": {"flash-linear-attention": fla_retention, "torch-eager": eager_retention},
     "selective_scan": {"loop": loop_selective_scan, "mamba-ssm": mamba_selective_scan},
+    "sigmoid_attention": {"torch-softmax": torch_softmax},
 }

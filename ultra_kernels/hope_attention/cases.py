@@ -69,10 +69,12 @@ CASES = [
     _case("T70-rotary-half-prefix", 2, 70, 4, 8, rotary_heads=2, prefix=3),
     _case("T33-rotary-all-causal", 1, 33, 2, 8, rotary_heads=2, causal=True, prefix=2),
     _case("T40-base-scale", 1, 40, 2, 8, base=100.0, scale=0.5, damping=0.0),
+    _case("T37-K100-causal", 1, 37, 1, 100, causal=True),
     _case("strided", 2, 20, 3, 8, strided=True),
     _case("ragged", 1, 100, 3, 8, cu=(0, 40, 40, 41, 90, 100)),
     _case("ragged-all", 1, 60, 4, 8, cu=(0, 0, 25, 60), rotary_heads=1, prefix=2, causal=True, damping="learned"),
     _case("equal-packed", 1, 48, 2, 8, cu=(0, 16, 32, 48)),
     _case("mini-16x128", 1, 2048, 6, 64, cu=tuple(range(0, 2049, 128)), bench=True),
     _case("standard-T512", 4, 512, 12, 64, bench=True),
+    _case("standard-T2048", 1, 2048, 12, 64, bench=True),
 ]

@@ -66,4 +66,5 @@ CASES = [
     _case("equal-packed", 1, 48, 2, 8, cu=(0, 16, 32, 48)),
     _case("mini-16x128", 1, 2048, 6, 64, cu=tuple(range(0, 2049, 128)), bench=True),
     _case("standard-T512", 4, 512, 12, 64, bench=True),
+    _case("standard-T2048", 1, 2048, 12, 64, bench=True),
 ]
