@@ -216,7 +216,6 @@ CPP = [
         ("dbias += sum(total);", "dbias = sum(total);"),
         ("store(product, dscore * p.scale);", "store(product, dscore);"),
         ("Product<>{m.dv, V, more}", "Product<>{m.dv, V, false}"),
-        ("start = p.causal ? key / kQueries * kQueries : 0", "start = 0"),
     ),
     *of(
         "csrc/hope_attention/hope_attention_cpu.cpp",

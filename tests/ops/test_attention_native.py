@@ -94,6 +94,16 @@ def test_weights_near_one_over_n(n: int, dtype: torch.dtype) -> None:
     assert ((o / logits.sigmoid().sum(-1) - 1).abs() < (1e-2 if dtype == torch.bfloat16 else 1e-5)).all()
 
 
+def test_gradient_of_the_bias_of_many_tiles() -> None:
+    q, k, v = inputs(2, 300, 3, 8, 8)
+    found = []
+    for dtype, backend in ((torch.float32, "native"), (torch.float64, "reference")):
+        bias = torch.tensor([-3.0, 0.0, 1.0], dtype=dtype, requires_grad=True)
+        o = sigmoid_attention(*(x.to(dtype) for x in (q, k, v)), bias=bias, backend=backend)
+        found += torch.autograd.grad(o, bias, rand(*o.shape, seed=3).to(dtype))
+    assert max(ratios(found[:1], found[1:])) < 2e-5
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_sigmoid_tails(scale: float) -> None:
     """Weights from e^-87 to 1 keep their relative precision, and larger logits neither overflow nor become NaN."""
