@@ -123,6 +123,25 @@ def triton_why_not(tensor: torch.Tensor, *args: Any) -> str | None:
     return f"Triton needs a CUDA tensor, this one is on {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU)"
 
 
+def triton_heads(largest: int) -> Callable[..., str | None]:
+    """`why_not` of Triton kernels of heads q, k, v: one dtype, and head dimensions up to `largest`."""
+
+    def why_not(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> str | None:
+        if (reason := triton_why_not(q)) is not None:
+            return reason
+        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the kernels take float32, bfloat16 and float16, not {q.dtype}; backend='reference' computes in it"
+        if k is None or v is None:
+            return None
+        if k.dtype != q.dtype or v.dtype != q.dtype:
+            return f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them to one"
+        if max(k.shape[-1], v.shape[-1]) > largest:
+            return f"head dimensions are {k.shape[-1]} and {v.shape[-1]}, above {largest}; use more heads"
+        return None
+
+    return why_not
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op that has backend `name` runs on it; others choose freely.

@@ -47,6 +47,20 @@ def _load(rows, row_ok, column, width):
     return tl.load(rows[:, None] + column[None, :], mask=row_ok[:, None] & (column < width)[None, :], other=0.0)
 
 
+@triton.jit
+def _scores(q_tile, q_rows, q_ok, k_rows, k_ok, K, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr):
+    """q kᵀ; q_tile holds the queries where BLOCK_K covers the head dimension."""
+    d = tl.arange(0, BLOCK_K)
+    if WHOLE_K:
+        return tl.dot(q_tile, tl.trans(_load(k_rows, k_ok, d, K)), input_precision="ieee")
+    else:
+        s = tl.zeros((q_rows.shape[0], k_rows.shape[0]), tl.float32)
+        for d0 in range(0, K, BLOCK_K):
+            k_part = _load(k_rows, k_ok, d0 + d, K)
+            s = tl.dot(_load(q_rows, q_ok, d0 + d, K), tl.trans(k_part), s, input_precision="ieee")
+        return s
+
+
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """x [B,T,H,D] such that loads of 16 bytes are in order: as it is, or a copy with D padded to a multiple of 16."""
     if x.shape[3] % 16:

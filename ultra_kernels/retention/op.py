@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 
 from .. import _native
-from .._dispatch import Op, autocast, define_differentiable, full_precision, of_all, triton_why_not
+from .._dispatch import Op, autocast, define_differentiable, full_precision, of_all, triton_heads
 from .._packed import check_cu_seqlens
 from . import reference
 
@@ -17,23 +17,11 @@ Direction = Literal["forward", "backward", "bidirectional"]
 MAX_HEAD_DIM = 256  # of the Triton kernels: a tile of queries is kept on the chip as a whole
 
 
-def triton_limits(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> str | None:
-    """The reasons of triton_why_not, and dtypes and head dimensions that the kernels are not made for."""
-    if (reason := triton_why_not(q)) is not None:
-        return reason
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels take float32, bfloat16 and float16, not {q.dtype}; backend='reference' computes in it"
-    if k is None or v is None:
-        return None
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them to one"
-    if max(k.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        return f"head dimensions are {k.shape[-1]} and {v.shape[-1]}, above {MAX_HEAD_DIM}; use more heads"
-    return None
-
-
 _ORDER: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
-_WHY_NOT: dict[str, Callable[..., str | None]] = {"triton": triton_limits, "native": of_all(_native.why_not)}
+_WHY_NOT: dict[str, Callable[..., str | None]] = {
+    "triton": triton_heads(MAX_HEAD_DIM),
+    "native": of_all(_native.why_not),
+}
 OP = Op("retention", __package__, _ORDER, _WHY_NOT)
 STEP = Op("retention_step", __package__, _ORDER, _WHY_NOT)
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .. import _triton
-from .._rows_triton import _load, _readable, _rows, _sequence, _strides
+from .._rows_triton import _load, _readable, _rows, _scores, _sequence, _strides
 from .._triton import ARCHS, Configuration
 
 
@@ -53,20 +53,6 @@ def _decay(log_decay, h):
 def _state_unit(g, T):
     """States are stored times this, as averages: float16 then holds them wherever it holds k v^T."""
     return tl.maximum(1.0 - tl.exp2(g), 1.0 / tl.maximum(T, 1))
-
-
-@triton.jit
-def _scores(q_tile, q_rows, q_ok, k_rows, k_ok, K, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr):
-    """q kᵀ; q_tile holds the queries where BLOCK_K covers the head dimension."""
-    d = tl.arange(0, BLOCK_K)
-    if WHOLE_K:
-        return tl.dot(q_tile, tl.trans(_load(k_rows, k_ok, d, K)), input_precision="ieee")
-    else:
-        s = tl.zeros((q_rows.shape[0], k_rows.shape[0]), tl.float32)
-        for d0 in range(0, K, BLOCK_K):
-            k_part = _load(k_rows, k_ok, d0 + d, K)
-            s = tl.dot(_load(q_rows, q_ok, d0 + d, K), tl.trans(k_part), s, input_precision="ieee")
-        return s
 
 
 def _stride_names(names: str) -> list[str]:

@@ -54,6 +54,11 @@ def _case(
 CASES = [
     _case("T1", 1, 1, 1, 1),
     _case("T63", 2, 63, 3, 5),
+    _case("T17-K30", 1, 17, 1, 30),
+    _case("T17-K30-normalize", 1, 17, 1, 30, normalize=True),
+    _case("T17-K64-normalize", 1, 17, 1, 64, normalize=True),
+    _case("T17-K100-causal", 1, 17, 1, 100, causal=True),
+    _case("T17-K128-normalize", 1, 17, 1, 128, normalize=True),
     _case("T113-causal", 1, 113, 2, 16, causal=True),
     _case("T63-normalize", 2, 63, 2, 8, normalize=True),
     _case("T40-normalize-causal", 1, 40, 2, 8, normalize=True, causal=True),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 
 from .. import _native
-from .._dispatch import Op, autocast, define_differentiable, full_precision, of_all
+from .._dispatch import Op, autocast, define_differentiable, full_precision, of_all, triton_heads
 from .._packed import check_cu_seqlens
 from . import reference
+
+MAX_HEAD_DIM = 128  # of the Triton kernels
+
 
 OP = Op(
     "sigmoid_attention",
     __package__,
-    {"cuda": ("reference",), "cpu": ("native", "reference")},
-    {"native": of_all(_native.why_not)},
+    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
+    {"triton": triton_heads(MAX_HEAD_DIM), "native": of_all(_native.why_not)},
 )
 
 
