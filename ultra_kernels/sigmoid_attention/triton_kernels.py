@@ -11,7 +11,7 @@ weights are summed. They have a loop of their own.
 With dP = dO vᵀ and dS = p (1 - p) dP: dQ = scale · dS K, dK = scale · dSᵀ Q, dV = pᵀ dO and dbias = Σ dS. A normalised
 row o = Σ p v / r, r = Σ p + 1e-6, has dV = (p/r)ᵀ dO and dS = p (1 - p) (dP - δ) / r with δ = dO·o. The backward has a
 program per tile of queries for dQ and one per tile of keys for dK and dV, so that no sum depends on an order.
-Transposed scores are products of their own, k qᵀ, since Triton 3.4 to 3.7.0 get a transposed accumulator wrong on Hopper.
+Transposed scores are products of their own, k qᵀ: Triton 3.4 to 3.7.0 get a transposed accumulator wrong on Hopper.
 """
 
 from __future__ import annotations
