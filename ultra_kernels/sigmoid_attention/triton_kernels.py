@@ -266,8 +266,8 @@ class Tile(NamedTuple):
 
 
 # By architecture, the oldest that a table is for; kernel -> head dimension, the larger of K and V, up to which a tile
-# serves. Not timed on a GPU yet. They are the largest that spill with neither Triton 3.6 nor 3.9, normalised too: of
-# 64 × 64, dk and dv need all 255 registers of sm_80. On sm_100 accumulators lie in tensor memory.
+# serves. Not timed on a GPU yet. None spills with Triton 3.6 or 3.9; dkdv of 64 × 64 rows does on sm_80 at 64 channels,
+# and normalised on sm_90 at 128. On sm_100 accumulators lie in tensor memory.
 HALF = {
     80: {
         "forward": dict.fromkeys((16, 32, 64, 128), Tile(128, 64, 8, 2)),
@@ -285,7 +285,8 @@ HALF = {
         "dkdv": dict.fromkeys((16, 32, 64, 128), Tile(64, 64, 8, 2)),
     },
 }
-# Float32 products run on the plain units, which hold their operands in registers.
+# Float32 products run on the plain units, which hold their operands in registers. dq at 128 channels spills 12 bytes
+# with Triton 3.6 where rows are normalised or heads have biases.
 SINGLE = {
     "forward": {32: Tile(32, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(32, 32, 8, 1)},
     "dq": {32: Tile(32, 32, 8, 1), 64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 4, 1)},
