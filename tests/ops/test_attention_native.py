@@ -128,6 +128,27 @@ def test_hope_is_finite_at_100_000_tokens() -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), leaves))
 
 
+@pytest.mark.parametrize("mode", ["per_pair", "global"])
+def test_hope_depends_on_the_distance_alone(mode: str) -> None:
+    """With one q and one k everywhere, a weight over that of the row's own key is a function of m - n."""
+    T, K = 200, 8
+    q, k = (x.expand(1, T, 1, K).float() for x in (rand(K), rand(K, seed=1)))
+    weights = hope_attention(q, k, torch.eye(T).view(1, T, 1, T), mode=mode, backend="native")[0, :, 0]
+    relative = weights / weights.diagonal()[:, None]
+    for distance in (-150, -64, -3, 1, 40, 120):
+        along = relative.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-4, atol=0)
+
+
+def test_hope_reads_both_ways_alike() -> None:
+    """Backwards, sinh changes its sign: reversed rows with the second channel of each pair negated answer reversed."""
+    q, k, v = (x.float() for x in inputs(1, 150, 2, 8, 8))
+    sign = torch.tensor([1.0, -1.0]).repeat(4)
+    forwards = hope_attention(q, k, v, backend="native")
+    backwards = hope_attention(*((x * s).flip(1) for x, s in ((q, sign), (k, sign), (v, 1.0))), backend="native")
+    torch.testing.assert_close(backwards.flip(1), forwards, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.5, 30.0])
 def test_any_damping(damping: float) -> None:
     """At 30 a key weighs nothing one token away: its logits are 0, and rows nearly average the values."""
