@@ -102,7 +102,7 @@ def _decays(K: int, base: float, mode: str, damping: float) -> tuple[torch.Tenso
     return *padded, torch.where(apart < tiny, 0.0, apart).float()
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(4)
 def _rotations(T: int, K: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cosine and sine of HopeTables."""
     frequency = theta ** (torch.arange(0, K, 2, dtype=torch.float64) / -K)
@@ -122,7 +122,8 @@ def _problem(  # type: ignore[no-untyped-def]
     borders = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()  # the checks let int64 pass
     longest = T if borders is None else int(borders.diff().max()) if len(borders) > 1 else 0
     decays = _decays(K, base, mode, float(damping))
-    rotations = _rotations(longest, K, rotary_theta) if rotary_heads else (None, None)
+    # to the next power of two: packed batches differ in their longest sequence, and tables are kept
+    rotations = _rotations(1 << longest.bit_length(), K, rotary_theta) if rotary_heads else (None, None)
     prefix = [None if x is None else contiguous_rows(x.to(q.dtype))[None] for x in (prefix_k, prefix_v)]
     problem = load().HopeProblem(
         (B, T, H, K, v.shape[-1], rotary_heads, 0 if prefix_k is None else len(prefix_k)), head_rows(q), head_rows(k),
