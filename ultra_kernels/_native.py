@@ -107,11 +107,12 @@ def folders() -> list[Path]:
     """Where compiled libraries may lie: beside this file, and in the installed distribution."""
     here = Path(__file__).resolve().parent
     found = [here]
-    try:
-        installed = Path(str(importlib.metadata.distribution("ultra").locate_file("ultra_kernels"))).resolve()
-    except importlib.metadata.PackageNotFoundError:
-        return found
-    return found if installed == here else [*found, installed]
+    # all of that name: a build leaves one in the clone's root, which comes first where Python starts there
+    for distribution in importlib.metadata.distributions(name="ultra"):
+        folder = Path(str(distribution.locate_file("ultra_kernels"))).resolve()
+        if folder not in found:
+            found.append(folder)
+    return found
 
 
 def _candidates() -> list[Path]:

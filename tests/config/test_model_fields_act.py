@@ -130,7 +130,7 @@ def trained(**fields: Any) -> SimpleNamespace:
     model, f_calls, layer_calls = encoder(**fields), [0], [0]
     for module in model.modules():
         if isinstance(module, MIXERS["ode"]):
-            module.attention.register_forward_pre_hook(lambda *_: f_calls.__setitem__(0, f_calls[0] + 1))
+            module.attention.out.register_forward_pre_hook(lambda *_: f_calls.__setitem__(0, f_calls[0] + 1))
     for layer in model.layers:
         layer.ffn.register_forward_pre_hook(lambda *_: layer_calls.__setitem__(0, layer_calls[0] + 1))
 

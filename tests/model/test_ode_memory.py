@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from ultra_kernels import _native
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the peak by Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the peak by Linux's /proc"),
+    pytest.mark.skipif(_native.missing() is not None, reason=f"measures the C++ kernels: {_native.missing()}"),
+]
 
 MEASURE = """
 import sys

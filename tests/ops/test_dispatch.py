@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -72,3 +75,12 @@ def test_shape_errors_name_the_argument():
     x, alpha, weight, bias = inputs()
     with pytest.raises(ValueError, match=r"weight has shape \(32,\).*\(33,\)"):
         dyt(x, alpha, weight[:32], bias)
+
+
+def test_a_build_in_the_clone_hides_no_installed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pip install .` leaves ultra.egg-info in the clone, which Python finds first when it starts there."""
+    for folder, name in (("clone", "ultra.egg-info/PKG-INFO"), ("site", "ultra-0.1.0.dist-info/METADATA")):
+        (tmp_path / folder / name).parent.mkdir(parents=True)
+        (tmp_path / folder / name).write_text("Metadata-Version: 2.1\nName: ultra\nVersion: 0.1.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "clone"), str(tmp_path / "site")])
+    assert _native.folders()[1:] == [tmp_path / "clone" / "ultra_kernels", tmp_path / "site" / "ultra_kernels"]
