@@ -106,13 +106,12 @@ def build_info(library: Literal["cpp", "cuda"]) -> dict[str, Any]:
 def folders() -> list[Path]:
     """Where compiled libraries may lie: beside this file, and in the installed distribution."""
     here = Path(__file__).resolve().parent
-    found = [here]
-    # all of that name: a build leaves one in the clone's root, which comes first where Python starts there
     for distribution in importlib.metadata.distributions(name="ultra"):
-        folder = Path(str(distribution.locate_file("ultra_kernels"))).resolve()
-        if folder not in found:
-            found.append(folder)
-    return found
+        # a build leaves an egg-info in the clone's root, first where Python starts there; it lists no installed files
+        if distribution.read_text("RECORD") is not None:
+            installed = Path(str(distribution.locate_file("ultra_kernels"))).resolve()
+            return [here] if installed == here else [here, installed]
+    return [here]
 
 
 def _candidates() -> list[Path]:

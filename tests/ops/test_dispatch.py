@@ -82,5 +82,6 @@ def test_a_build_in_the_clone_hides_no_installed_library(tmp_path: Path, monkeyp
     for folder, name in (("clone", "ultra.egg-info/PKG-INFO"), ("site", "ultra-0.1.0.dist-info/METADATA")):
         (tmp_path / folder / name).parent.mkdir(parents=True)
         (tmp_path / folder / name).write_text("Metadata-Version: 2.1\nName: ultra\nVersion: 0.1.0\n")
+    (tmp_path / "site" / "ultra-0.1.0.dist-info" / "RECORD").write_text("ultra_kernels/__init__.py,,\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "clone"), str(tmp_path / "site")])
-    assert _native.folders()[1:] == [tmp_path / "clone" / "ultra_kernels", tmp_path / "site" / "ultra_kernels"]
+    assert _native.folders()[1:] == [tmp_path / "site" / "ultra_kernels"]
