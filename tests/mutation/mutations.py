@@ -270,6 +270,22 @@ CPP = [
 
 TRITON = [
     *of(
+        "ultra_kernels/sigmoid_attention/triton_kernels.py",
+        "TRITON_INTERPRET=1 tests/ops/test_sigmoid_attention_triton.py tests/ops/test_all_ops.py -k 'sigmoid and triton'",
+        ("shift = tl.log2(length.to(tl.float32))", "shift = tl.log2(length.to(tl.float32) + 1.0)"),
+        ("tl.load(head_bias + h) * -1.4426950408889634", "tl.load(head_bias + h) * -1.4427"),
+        ("1.0 + tl.exp2(z)", "1.0001 + tl.exp2(z)"),
+        ("seen = tl.where(causal != 0, m0, end)", "seen = end"),
+        ("n_ok[None, :] & ((causal == 0)", "((causal == 0)"),
+        ("acc / (total + 1e-6)[:, None]", "acc / (total + 1e-2)[:, None]"),
+        ("ds = (p - p * p) * (dp - own[:, None])", "ds = (p - p * p) * dp"),
+        ("acc = acc * factor[:, None]", "acc = acc * 1.0"),
+        ("by_row += tl.sum(ds, axis=1)", "by_row = tl.sum(ds, axis=1)"),
+        ("tl.where(t < diagonal, start + t * BLOCK_N, rest)", "rest"),
+        ("ds = (share - share * p) * (dp - own[None, :])", "ds = (share - share * p) * dp"),
+        ("dkeys * scale", "dkeys"),
+    ),
+    *of(
         "ultra_kernels/_rows_triton.py",
         INTERPRETED_RETENTION,
         ("border // SIZE + s <= slot", "border // SIZE + s < slot"),
