@@ -271,7 +271,8 @@ CPP = [
 TRITON = [
     *of(
         "ultra_kernels/sigmoid_attention/triton_kernels.py",
-        "TRITON_INTERPRET=1 tests/ops/test_sigmoid_attention_triton.py tests/ops/test_all_ops.py -k 'sigmoid and triton'",
+        "TRITON_INTERPRET=1 tests/ops/test_sigmoid_attention_triton.py tests/ops/test_all_ops.py "
+        "-k 'sigmoid and triton'",
         ("shift = tl.log2(length.to(tl.float32))", "shift = tl.log2(length.to(tl.float32) + 1.0)"),
         ("tl.load(head_bias + h) * -1.4426950408889634", "tl.load(head_bias + h) * -1.4427"),
         ("1.0 + tl.exp2(z)", "1.0001 + tl.exp2(z)"),
