@@ -111,7 +111,7 @@ REFERENCES = [
         "tests/ops/test_ternary.py",
         ("(0, 2, 4, 6)", "(0, 2, 6, 4)"),
         ("codes + 1\n", "codes + 2\n"),
-        ("128 * K <= 2**24", "128 * K <= 2**34"),
+        ("128 * shape[1] <= 2**24", "128 * shape[1] <= 2**34"),
     ),
     *of(
         "ultra_kernels/moe_ffn/reference.py",
@@ -381,6 +381,12 @@ CUDA = [
         ("dA[i] += dt * w", "dA[i] += w"),
         ("kLn2 * sums[1]", "sums[1]"),
         ("dC[(rows + r + (s.reverse ? 1 : -1)) * p.states", "dC[(rows + r + (s.reverse ? -1 : 1)) * p.states"),
+    ),
+    *of(
+        "csrc/causal_conv1d/causal_conv1d_cuda.cu",
+        "tests/ops/test_cuda.py -k 'conv and against_float64'",
+        ("from >= s.begin && from < s.end) sum", "from >= s.begin) sum"),
+        ("float sum = taps.bias;", "float sum = 0.0f;"),
     ),
     *of("csrc/derf/derf_cuda.cu", EMULATED, ("1.1283791671f", "1.1283f")),
 ]

@@ -19,20 +19,26 @@ def codes(N, K, seed=0):
     return torch.randint(-1, 2, (N, K), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
-@pytest.mark.parametrize("K", [0, 1, 2, 3, 4, 5, 8, 63, 130])
-@pytest.mark.parametrize("N", [0, 1, 7])
+@pytest.mark.parametrize("K", [0, 1, 3, 4, 5, 16, 17, 63, 130])
+@pytest.mark.parametrize("N", [0, 1, 7, 16, 33])
 def test_pack_round_trip(N, K):
     packed = pack_ternary(codes(N, K), torch.tensor(0.37))
-    assert packed.codes.shape == (N, -(-K // 4)) and packed.codes.dtype == torch.uint8 and packed.shape == (N, K)
+    assert packed.codes.shape == (-(-N // 16), -(-K // 16), 64) and packed.codes.dtype == torch.uint8
+    assert packed.shape == (N, K)
     back, scale = unpack_ternary(packed)
     assert back.dtype == torch.int8 and torch.equal(back, codes(N, K))
     assert scale == torch.tensor(0.37) and scale.dtype == torch.float32
 
 
 def test_layout_is_as_documented():
-    packed = pack_ternary(torch.tensor([[-1, 0, 1, 1, 0, -1]], dtype=torch.int8), torch.tensor(1.0))
-    # weight 4j + i, plus one, in bits 2i and 2i+1 of byte j; the unused places are zero
-    assert packed.codes.tolist() == [[0 | 1 << 2 | 2 << 4 | 2 << 6, 1 | 0 << 2]]
+    N, K = 18, 35
+    weights = codes(N, K)
+    packed = pack_ternary(weights, torch.tensor(1.0)).codes
+    want = torch.zeros_like(packed)
+    for n in range(N):
+        for k in range(K):
+            want[n // 16, k // 16, 4 * (n % 16) + k % 4] += (int(weights[n, k]) + 1) << 2 * (k % 16 // 4)
+    assert torch.equal(packed, want)
 
 
 @pytest.mark.parametrize("M", [0, 1, 3, 7, 65])

@@ -20,7 +20,9 @@ LINEAR = Op("ternary_linear", __package__, _ORDER, {})
 class PackedTernary:
     """A ternary matrix `[N, K]` at 2 bits a weight.
 
-    codes: uint8 `[N, ceil(K / 4)]`; bits 2i and 2i+1 of byte j hold weight 4j + i, plus one (0, 1 or 2).
+    codes: uint8 `[ceil(N / 16), ceil(K / 16), 64]`, panels of 16 rows cut into blocks of 16 columns. Bits 2s and
+        2s+1 of byte 4r + i of block j of panel p hold weight (16p + r, 16j + 4s + i), plus one (0, 1 or 2); 0 past the
+        matrix. So a 64-byte load, shifted by 2s and masked, is four columns of 16 rows as int8 dot products take them.
     scale: float32 `[]`; the matrix is scale · weights. shape: (N, K).
     """
 
@@ -50,11 +52,11 @@ def quantize_ternary(
 
 
 def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
-    """byte_nj = Σ_i (code_n,4j+i + 1) · 4^i, i from 0 to 3: four weights a byte, the rest of a row's last byte 0.
+    """Four weights a byte, in the panels that `PackedTernary` describes.
 
-    codes int8 `[N, K]` in {−1, 0, 1}, scale one element; returns PackedTernary(codes uint8 `[N, ceil(K/4)]`, scale
-    float32 `[]`, shape). Raises ValueError for another dtype or shape, or a code outside −1..1. Weights after Ma et al.
-    2024 (arXiv:2402.17764).
+    codes int8 `[N, K]` in {−1, 0, 1}, scale one element; returns PackedTernary(codes uint8 `[ceil(N/16), ceil(K/16),
+    64]`, scale float32 `[]`, shape). Raises ValueError for another dtype or shape, or a code outside −1..1. Weights
+    after Ma et al. 2024 (arXiv:2402.17764).
     """
     if codes.ndim != 2 or codes.dtype != torch.int8:
         raise ValueError(f"pack_ternary: codes are {codes.dtype} {tuple(codes.shape)}; they must be int8 (N, K)")
@@ -66,11 +68,11 @@ def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
 
 
 def unpack_ternary(packed: PackedTernary) -> tuple[torch.Tensor, torch.Tensor]:
-    """code_n,4j+i = (byte_nj // 4^i) mod 4 − 1: the (codes int8 `[N, K]`, scale float32 `[]`) of `pack_ternary`.
+    """The (codes int8 `[N, K]`, scale float32 `[]`) that `pack_ternary` was given.
 
     Raises nothing for what `pack_ternary` returned. Weights after Ma et al. 2024 (arXiv:2402.17764).
     """
-    return reference.unpack(packed.codes, packed.shape[1]), packed.scale
+    return reference.unpack(packed.codes, packed.shape), packed.scale
 
 
 def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | None = None) -> torch.Tensor:
@@ -83,7 +85,7 @@ def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | Non
     if x.dtype != torch.int8 or x.ndim != 2 or x.shape[1] != K:
         raise ValueError(f"ternary_matmul: x is {x.dtype} {tuple(x.shape)}; it must be int8 (M, {K})")
     MATMUL.choose(backend, x)
-    return reference.ternary_matmul(x, packed.codes, K)
+    return reference.ternary_matmul(x, packed.codes, packed.shape)
 
 
 def ternary_linear(
@@ -102,4 +104,4 @@ def ternary_linear(
         raise ValueError(f"ternary_linear: bias has shape {tuple(bias.shape)}; it must be ({N},)")
     LINEAR.choose(backend, x)
     with torch.no_grad():
-        return reference.ternary_linear(x, packed.codes, packed.scale, K, bias)
+        return reference.ternary_linear(x, packed.codes, packed.scale, packed.shape, bias)

@@ -14,29 +14,33 @@ def quantize_ternary(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, to
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     N, K = codes.shape
-    quads = torch.zeros(N, -(-K // 4), 4, dtype=torch.uint8, device=codes.device)
-    quads.flatten(1)[:, :K] = codes + 1
-    a, b, c, d = quads.unbind(-1)
-    return a | b << 2 | c << 4 | d << 6
+    panels, blocks = -(-N // 16), -(-K // 16)
+    padded = torch.zeros(16 * panels, 16 * blocks, dtype=torch.uint8, device=codes.device)
+    padded[:N, :K] = codes + 1
+    a, b, c, d = padded.view(panels, 16, blocks, 4, 4).permute(0, 2, 1, 4, 3).unbind(-1)  # each [P, J, row, k mod 4]
+    return (a | b << 2 | c << 4 | d << 6).flatten(2)
 
 
-def unpack(packed: torch.Tensor, K: int) -> torch.Tensor:
-    quads = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)  # [N, ceil(K / 4), 4]
-    return quads.flatten(1)[:, :K].to(torch.int8) - 1
+def unpack(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    N, K = shape
+    panels, blocks, _ = packed.shape
+    fields = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    rows = fields.view(panels, blocks, 16, 4, 4).permute(0, 2, 1, 4, 3).reshape(16 * panels, 16 * blocks)
+    return rows[:N, :K].to(torch.int8) - 1
 
 
-def ternary_matmul(x: torch.Tensor, packed: torch.Tensor, K: int) -> torch.Tensor:
+def ternary_matmul(x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     # A floating-point product of integers is exact while every partial sum fits the significand. torch._int_mm is not
     # used: it saturates on CPUs without VNNI and refuses most shapes on CUDA.
-    exact = torch.float32 if x.device.type == "cpu" and 128 * K <= 2**24 else torch.float64
-    return (x.to(exact) @ unpack(packed, K).to(exact).t()).to(torch.int32)
+    exact = torch.float32 if x.device.type == "cpu" and 128 * shape[1] <= 2**24 else torch.float64
+    return (x.to(exact) @ unpack(packed, shape).to(exact).t()).to(torch.int32)
 
 
 def ternary_linear(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, K: int, bias: torch.Tensor | None
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     codes, step = quantize_tokens(x)
-    product = ternary_matmul(codes.reshape(-1, K).to(torch.int8), packed, K)
+    product = ternary_matmul(codes.reshape(-1, shape[1]).to(torch.int8), packed, shape)
     y = product.to(step.dtype).view(*x.shape[:-1], product.shape[1]) * (step * scale)
     if bias is not None:
         y = y + bias
