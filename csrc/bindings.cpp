@@ -9,11 +9,13 @@
 #include "retention/retention.h"
 #include "selective_scan/selective_scan.h"
 #include "sigmoid_attention/sigmoid_attention.h"
+#include "ternary/ternary.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,7 +23,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 3;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 4;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 
@@ -144,6 +146,9 @@ struct HopeProblem : ultra::HopeProblem {
         this->scale = scale, this->causal = causal, this->lse = fout(lse);
     }
 };
+
+using Sizes = std::array<int64_t, 3>;
+ultra::TernaryMatrix ternary_matrix(Address codes, const Sizes& n) { return {ptr<const uint8_t>(codes), n[1], n[2]}; }
 
 }  // namespace
 
@@ -268,5 +273,31 @@ PYBIND11_MODULE(_C, m) {
                               Address dbias, int threads) {
         ULTRA_PICK(conv_backward)(conv_problem(sizes, x, weight, bias, cu_seqlens, num_seqs, silu), view(dy), view(dx),
                                   fout(dweight), fout(dbias), threads);
+    }, Nogil());
+
+    // Sizes are (M, N, K).
+    m.def("ternary_scratch", [](int64_t M, int64_t K, int threads) {
+        return ULTRA_PICK(ternary_scratch)(M, K, threads);
+    });
+    m.def("ternary_matmul", [](Address x, int64_t x_row, Sizes n, Address codes, Address y, Address scratch,
+                               int threads) {
+        ULTRA_PICK(ternary_matmul)(ptr<const int8_t>(x), x_row, n[0], ternary_matrix(codes, n), ptr<int32_t>(y),
+                                   ptr<char>(scratch), threads);
+    }, Nogil());
+    m.def("ternary_quantize_rows", [](Address x, int64_t x_row, int dtype, int64_t M, int64_t K, Address norm_weight,
+                                      Address codes, Address step, Address rstd, int threads) {
+        ULTRA_PICK(ternary_quantize_rows)(in(x), x_row, dtype, K, fin(norm_weight),
+                                          {ptr<int8_t>(codes), fout(step), M}, fout(rstd), threads);
+    }, Nogil());
+    m.def("ternary_product", [](Address codes, Address step, Sizes n, Address weight, Address scale, Address bias,
+                                Address y, int dtype, Address scratch, int threads) {
+        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_matrix(weight, n), fin(scale),
+                                    fin(bias), out(y), dtype, ptr<char>(scratch), threads);
+    }, Nogil());
+    m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t N, int64_t K, bool median, Address gamma,
+                                        Address packed, int threads) {
+        double sums[ultra::kMostRowBlocks];
+        ULTRA_PICK(ternary_quantize_weight)(in(weight), dtype, N, K, median, fout(gamma), ptr<uint8_t>(packed), sums,
+                                            threads);
     }, Nogil());
 }

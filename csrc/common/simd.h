@@ -5,8 +5,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace ultra {
@@ -115,6 +117,22 @@ static inline float max_lane(vf v) {
     for (int w = kLanes / 2; w > 0; w /= 2)
         for (int i = 0; i < w; ++i) v[i] = v[i] > v[i + w] ? v[i] : v[i + w];
     return v[0];
+#endif
+}
+// To nearest, ties to even; |x| < 2^31.
+static inline vi round_to_int(vf x) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+    return (vi)_mm_cvtps_epi32((__m128)x);
+#elif defined(__ARM_NEON)
+    return (vi)vcvtnq_s32_f32((float32x4_t)x);
+#else
+    vi n;
+    for (int i = 0; i < kLanes; ++i) n[i] = (int32_t)__builtin_rintf(x[i]);
+    return n;
 #endif
 }
 // Neighbouring lanes 2i and 2i + 1 change places.

@@ -1,0 +1,47 @@
+// Contract: ultra_kernels/ternary/op.py and ultra_kernels/bitlinear/op.py. Packed codes are PackedTernary's; M rows of x,
+// N of the matrix, K columns.
+#pragma once
+
+#include "common/isa.h"
+
+#include <stdint.h>
+
+namespace ultra {
+
+struct TernaryMatrix {
+    const uint8_t* codes;
+    int64_t N, K;
+};
+
+// Rows of x as codes · step; a row of codes is row_bytes(K) long, its end 0.
+struct Int8Rows {
+    int8_t* codes;
+    float* step;
+    int64_t M;
+};
+
+static inline int64_t ternary_row_bytes(int64_t K) { return (K + 15) / 16 * 16; }
+
+}  // namespace ultra
+
+ULTRA_FOR_EACH_ISA(
+    // Bytes of scratch memory, of all threads together.
+    int64_t ternary_scratch(int64_t M, int64_t K, int threads);
+
+    // y [M, N] = x · codesᵀ; rows of x are x_row apart.
+    void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
+                        int threads);
+
+    // codes, step of norm(x); norm_weight null: of x itself. rstd [M] is written with a norm alone.
+    void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, const float* norm_weight,
+                               const Int8Rows& to, float* rstd, int threads);
+
+    // y [M, N] = (codes of x · codesᵀ) · step · scale + bias.
+    void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
+                         int dtype, char* scratch, int threads);
+
+    // gamma [1] = mean of |weight| unless `median`, when it is read; packed codes of clip(round(weight / (gamma + 1e-5))).
+    // sums: row_blocks(N) doubles. weight is contiguous.
+    void ternary_quantize_weight(const void* weight, int dtype, int64_t N, int64_t K, bool median, float* gamma,
+                                 uint8_t* packed, double* sums, int threads);
+)

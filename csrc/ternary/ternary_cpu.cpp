@@ -1,0 +1,398 @@
+// Contract: ultra_kernels/ternary/op.py. Few rows: packed codes go through registers once per kFewRows rows. Many: four
+// vectors of the matrix's rows are unpacked once into cache, for all rows of a block.
+#include "ternary/ternary.h"
+
+#include "common/codes.h"
+#include "common/parallel.h"
+#include "common/row_blocks.h"
+
+namespace ultra {
+namespace ULTRA_ISA {
+
+namespace {
+
+constexpr int kFewRows = 4;                         // 4 · kSlots sums in registers
+constexpr int kManyRows = 6;                        // as in common/product.h
+constexpr int kManyVectors = kLanes == 16 ? 4 : 2;
+constexpr int64_t kRowBlock = 192;  // rows of x per task of the many: unpacking costs 2 / kRowBlock of the product
+constexpr int64_t kWorkOfThread = 1 << 19;  // products that repay waking another thread
+
+int64_t blocks_of(int64_t K) { return (K + kBlockColumns - 1) / kBlockColumns; }
+int64_t vectors_of(int64_t N) { return (N + kLanes - 1) / kLanes; }
+
+int threads_for(int64_t products, int threads) {
+    const int64_t most = 1 + products / kWorkOfThread;
+    return threads < most ? threads : (int)most;
+}
+
+// ---- where sums go: vector v of row m -----------------------------------------------------------------------------------
+struct Integers {
+    int32_t* y;
+    int64_t N;
+
+    void operator()(int64_t m, int64_t v, vi sum) const {
+        int32_t* at = y + m * N + v * kLanes;
+        const int64_t left = N - v * kLanes;
+        if (left >= kLanes) memcpy(at, &sum, sizeof sum);
+        else for (int i = 0; i < left; ++i) at[i] = sum[i];
+    }
+};
+
+template <typename T> struct Scaled {
+    T* y;
+    int64_t N;
+    const float* step;
+    float scale;
+    const float* bias;
+
+    void operator()(int64_t m, int64_t v, vi sum) const {
+        T* at = y + m * N + v * kLanes;
+        const int64_t left = N - v * kLanes;
+        vf out = __builtin_convertvector(sum, vf) * (step[m] * scale);
+        if (left >= kLanes) {
+            store(at, bias ? out + load(bias + v * kLanes) : out);
+        } else {
+            if (bias) out += load_part(bias + v * kLanes, (int)left);
+            store_part(at, out, (int)left);
+        }
+    }
+};
+
+// ---- products -----------------------------------------------------------------------------------------------------------
+struct Rows {
+    const int8_t* x;
+    int64_t row, M;
+    const int32_t* sums;  // of each row
+};
+
+// Sums over sections short enough for narrow ones: add(begin, end, sums) adds those of a section, `unscaled` ends them.
+template <int rows, int vectors, int slots, typename Add, typename Out>
+static inline void sum_sections(const Rows& x, int64_t m, int64_t first, int64_t length, int64_t section, const Add& add,
+                                const Out& out) {
+    vi whole[rows][vectors];
+    for (int64_t begin = 0; begin < length || begin == 0; begin += section) {
+        Partial sum[rows][vectors][slots] = {};
+        add(begin, length - begin > section ? begin + section : length, sum);
+        for (int r = 0; r < rows; ++r)
+            for (int v = 0; v < vectors; ++v) {
+                if (begin == 0) whole[r][v] = vi{} - x.sums[m + r];
+                for (int s = 0; s < slots; ++s) whole[r][v] += total(sum[r][v][s]) >> 2 * s;
+            }
+        if (length - begin <= section) break;
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < vectors; ++v) out(m + r, first + v, whole[r][v]);
+}
+
+template <int rows, int vectors, typename Out>
+static void few_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int64_t first, const Out& out) {
+    constexpr int kSums = kScaledSlots ? kSlots : 1;
+    const int64_t blocks = blocks_of(w.K);
+    const uint8_t* codes[vectors];
+    for (int v = 0; v < vectors; ++v) codes[v] = codes_of_vector(w.codes, blocks, first + v);
+    const int8_t* from[rows];
+    for (int r = 0; r < rows; ++r) from[r] = x.x + (m + r) * x.row;
+    const auto add = [&](int64_t begin, int64_t end, Partial(&sum)[rows][vectors][kSums]) {
+        for (int64_t j = begin; j < end; ++j) {
+            Codes packed[vectors];
+            for (int v = 0; v < vectors; ++v) packed[v] = load_codes(codes[v] + j * kBlockBytes);
+#pragma GCC unroll 4
+            for (int s = 0; s < kSlots; ++s) {
+                Codes c[vectors];
+                for (int v = 0; v < vectors; ++v) c[v] = scaled_slot(packed[v], s);
+                for (int r = 0; r < rows; ++r) {
+                    const Quad quad = splat_quad(from[r] + j * kBlockColumns + 4 * s);
+                    for (int v = 0; v < vectors; ++v) multiply_add(sum[r][v][kScaledSlots ? s : 0], c[v], quad);
+                }
+            }
+        }
+    };
+    sum_sections<rows, vectors, kSums>(x, m, first, blocks, kMostScaledQuads / (kSlots / kSums), add, out);
+}
+
+// codes: `vectors` vectors of each quad of columns, one after the other.
+template <int rows, int vectors, typename Out>
+static void many_rows_tile(const Rows& x, int64_t m, const uint8_t* codes, int64_t quads, int64_t first,
+                           const Out& out) {
+    const int8_t* from = x.x + m * x.row;
+    const int64_t row = x.row;
+    const auto add = [&](int64_t begin, int64_t end, Partial(&sum)[rows][vectors][1]) {
+        for (int64_t k = begin; k < end; ++k) {
+            Codes c[vectors];
+            for (int v = 0; v < vectors; ++v) c[v] = load_codes(codes + (k * vectors + v) * kCodeBytes);
+            for (int r = 0; r < rows; ++r) {
+                const Quad quad = splat_quad(from + r * row + 4 * k);
+                for (int v = 0; v < vectors; ++v) multiply_add(sum[r][v][0], c[v], quad);
+            }
+        }
+    };
+    sum_sections<rows, vectors, 1>(x, m, first, quads, kMostQuads, add, out);
+}
+
+template <int vectors, typename Out>
+static void many_rows(const Rows& x, int64_t begin, int64_t end, const TernaryMatrix& w, int64_t first,
+                      uint8_t* unpacked, const Out& out) {
+    const int64_t blocks = blocks_of(w.K), quads = blocks * kSlots;
+    for (int v = 0; v < vectors; ++v) {
+        const uint8_t* from = codes_of_vector(w.codes, blocks, first + v);
+        for (int64_t j = 0; j < blocks; ++j) {
+            const Codes packed = load_codes(from + j * kBlockBytes);
+#pragma GCC unroll 4
+            for (int s = 0; s < kSlots; ++s)
+                store_codes(unpacked + ((j * kSlots + s) * vectors + v) * kCodeBytes, slot(packed, s));
+        }
+    }
+    int64_t m = begin;
+    for (; m + kManyRows <= end; m += kManyRows) many_rows_tile<kManyRows, vectors>(x, m, unpacked, quads, first, out);
+    switch (end - m) {
+        case 5: return many_rows_tile<5, vectors>(x, m, unpacked, quads, first, out);
+        case 4: return many_rows_tile<4, vectors>(x, m, unpacked, quads, first, out);
+        case 3: return many_rows_tile<3, vectors>(x, m, unpacked, quads, first, out);
+        case 2: return many_rows_tile<2, vectors>(x, m, unpacked, quads, first, out);
+        case 1: return many_rows_tile<1, vectors>(x, m, unpacked, quads, first, out);
+    }
+}
+
+template <typename Out>
+static void few_rows_of_vectors(const Rows& x, const TernaryMatrix& w, int64_t begin, int64_t end, const Out& out) {
+    for (int64_t m = 0; m < x.M; m += kFewRows) {
+        int64_t v = begin;
+        switch (x.M - m) {
+            case 1:
+                for (; v + 4 <= end; v += 4) few_rows<1, 4>(x, m, w, v, out);
+                for (; v < end; ++v) few_rows<1, 1>(x, m, w, v, out);
+                break;
+            case 2:
+                for (; v + 2 <= end; v += 2) few_rows<2, 2>(x, m, w, v, out);
+                for (; v < end; ++v) few_rows<2, 1>(x, m, w, v, out);
+                break;
+            case 3: for (; v < end; ++v) few_rows<3, 1>(x, m, w, v, out); break;
+            default: for (; v < end; ++v) few_rows<kFewRows, 1>(x, m, w, v, out);
+        }
+    }
+}
+
+constexpr int64_t kMostFewRows = 3 * kFewRows;
+constexpr int64_t kVectorsOfTask = 64;  // of the few: 16 rows of AVX-512's are 32 KB at K = 2048
+
+int64_t unpacked_bytes(int64_t K) { return blocks_of(K) * kSlots * kManyVectors * kCodeBytes; }
+
+template <typename Out>
+static void multiply(const Rows& x, const TernaryMatrix& w, uint8_t* scratch, const Out& out, int threads) {
+    const int64_t vectors = vectors_of(w.N);
+    if (!x.M || !vectors) return;
+    threads = threads_for(x.M * w.N * w.K, threads);
+    if (x.M <= kMostFewRows) {
+        int64_t each = (vectors + threads - 1) / threads;
+        if (each > kVectorsOfTask) each = kVectorsOfTask;
+        parallel_for((vectors + each - 1) / each, threads, [&](int64_t i) {
+            const int64_t end = (i + 1) * each;
+            few_rows_of_vectors(x, w, i * each, end < vectors ? end : vectors, out);
+        });
+        return;
+    }
+    const int64_t across = (vectors + kManyVectors - 1) / kManyVectors, down = (x.M + kRowBlock - 1) / kRowBlock;
+    parallel_for(across * down, threads, [&](int64_t i) {
+        uint8_t* unpacked = scratch + thread_index() * unpacked_bytes(w.K);
+        const int64_t begin = i % down * kRowBlock, first = i / down * kManyVectors;
+        const int64_t end = begin + kRowBlock < x.M ? begin + kRowBlock : x.M;
+        if (first + kManyVectors <= vectors) return many_rows<kManyVectors>(x, begin, end, w, first, unpacked, out);
+        for (int64_t v = first; v < vectors; ++v) many_rows<1>(x, begin, end, w, v, unpacked, out);
+    });
+}
+
+int32_t sum_of(const int8_t* x, int64_t K) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < K; ++k) sum += x[k];
+    return sum;
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Sums of rows, and with `padded` the rows themselves with zeros behind them, to the front of the scratch memory.
+static Rows prepare(const int8_t* x, int64_t row, int64_t M, int64_t K, bool copy, char* scratch, int threads) {
+    auto* sums = (int32_t*)scratch;
+    auto* rows = (int8_t*)(scratch + aligned(4 * M));
+    const int64_t bytes = ternary_row_bytes(K), block = 64;
+    parallel_for((M + block - 1) / block, threads_for(M * K / 8, threads), [&](int64_t i) {
+        for (int64_t m = i * block; m < M && m < (i + 1) * block; ++m) {
+            sums[m] = sum_of(x + m * row, K);
+            if (!copy) continue;
+            memcpy(rows + m * bytes, x + m * row, K);
+            memset(rows + m * bytes + K, 0, bytes - K);
+        }
+    });
+    return copy ? Rows{rows, bytes, M, sums} : Rows{x, row, M, sums};
+}
+
+static uint8_t* after_rows(int64_t M, int64_t K, char* scratch) {
+    return (uint8_t*)scratch + aligned(4 * M) + aligned(M * ternary_row_bytes(K));
+}
+
+// ---- rounding -----------------------------------------------------------------------------------------------------------
+// The largest |x|, NaN if there is one: ordered as integers, the bits of NaN are above those of infinity.
+struct Largest {
+    vi bits = {};
+    void operator()(vf x) {
+        const vi a = as_int(x) & 0x7fffffff, greater = a > bits;
+        bits = (greater & a) | (~greater & bits);
+    }
+    float value() const {
+        int32_t most = 0;
+        for (int i = 0; i < kLanes; ++i) most = bits[i] > most ? bits[i] : most;
+        return bits_to_float((uint32_t)most);
+    }
+};
+
+static inline void store_bytes(int8_t* p, vi x, int n) {
+    typedef int8_t vb __attribute__((vector_size(kLanes)));
+    const vb narrow = __builtin_convertvector(x, vb);
+    if (n >= kLanes) memcpy(p, &narrow, sizeof narrow);
+    else for (int i = 0; i < n; ++i) p[i] = narrow[i];
+}
+
+// One row; `at(k)` and `part(k, n)` give x, or norm(x).
+template <typename Load, typename Part>
+static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* codes) {
+    Largest largest;
+    int64_t k = 0;
+    for (; k + kLanes <= K; k += kLanes) largest(at(k));
+    if (k < K) largest(part(k, (int)(K - k)));
+    const float found = largest.value(), absmax = found < 1e-5f ? 1e-5f : found;
+    const float inverse = 127.0f / absmax;
+    for (k = 0; k + kLanes <= K; k += kLanes) store_bytes(codes + k, round_to_int(at(k) * inverse), kLanes);
+    if (k < K) store_bytes(codes + k, round_to_int(part(k, (int)(K - k)) * inverse), (int)(K - k));
+    memset(codes + K, 0, ternary_row_bytes(K) - K);
+    return absmax / 127.0f;
+}
+
+template <typename T>
+static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weight, const Int8Rows& to, float* rstd,
+                          int threads) {
+    const int64_t block = 16, bytes = ternary_row_bytes(K);
+    parallel_for((to.M + block - 1) / block, threads_for(to.M * K / 4, threads), [&](int64_t i) {
+        for (int64_t m = i * block; m < to.M && m < (i + 1) * block; ++m) {
+            const T* from = x + m * row;
+            int8_t* codes = to.codes + m * bytes;
+            const auto load_x = [&](int64_t k) { return load(from + k); };
+            const auto part_x = [&](int64_t k, int n) { return load_part(from + k, n); };
+            if (!weight) {
+                to.step[m] = quantize_row(K, load_x, part_x, codes);
+                continue;
+            }
+            vf squares = {};
+            int64_t k = 0;
+            for (; k + kLanes <= K; k += kLanes) squares += load_x(k) * load_x(k);
+            if (k < K) squares += part_x(k, (int)(K - k)) * part_x(k, (int)(K - k));
+            const float r = 1.0f / __builtin_sqrtf(sum(squares) / (float)K + 1e-6f);
+            rstd[m] = r;
+            to.step[m] = quantize_row(
+                K, [&](int64_t c) { return load_x(c) * r * load(weight + c); },
+                [&](int64_t c, int n) { return part_x(c, n) * r * load_part(weight + c, n); }, codes);
+        }
+    });
+}
+
+}  // namespace
+
+int64_t ternary_scratch(int64_t M, int64_t K, int threads) {
+    return aligned(4 * M) + aligned(M * ternary_row_bytes(K)) + (M > kMostFewRows ? threads * unpacked_bytes(K) : 0) + 64;
+}
+
+void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
+                    int threads) {
+    const Rows rows = prepare(x, x_row, M, w.K, w.K % kBlockColumns != 0, scratch, threads);
+    multiply(rows, w, after_rows(M, w.K, scratch), Integers{y, w.N}, threads);
+}
+
+void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, const float* norm_weight,
+                           const Int8Rows& to, float* rstd, int threads) {
+    if (dtype == kBFloat16) quantize_rows((const BF16*)x, x_row, K, norm_weight, to, rstd, threads);
+    else if (dtype == kFloat16) quantize_rows((const FP16*)x, x_row, K, norm_weight, to, rstd, threads);
+    else quantize_rows((const float*)x, x_row, K, norm_weight, to, rstd, threads);
+}
+
+void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
+                     int dtype, char* scratch, int threads) {
+    const int64_t bytes = ternary_row_bytes(w.K);
+    const Rows rows = prepare(x.codes, bytes, x.M, w.K, false, scratch, threads);
+    uint8_t* unpacked = after_rows(x.M, w.K, scratch);
+    if (dtype == kBFloat16) multiply(rows, w, unpacked, Scaled<BF16>{(BF16*)y, w.N, x.step, *scale, bias}, threads);
+    else if (dtype == kFloat16)
+        multiply(rows, w, unpacked, Scaled<FP16>{(FP16*)y, w.N, x.step, *scale, bias}, threads);
+    else multiply(rows, w, unpacked, Scaled<float>{(float*)y, w.N, x.step, *scale, bias}, threads);
+}
+
+namespace {
+
+template <typename T> double sum_of_magnitudes(const T* w, int64_t n) {
+    double whole = 0;
+    for (int64_t begin = 0; begin < n; begin += 4096) {  // float sums stay short
+        const int64_t end = begin + 4096 < n ? begin + 4096 : n;
+        vf sums[4] = {};
+        int64_t i = begin;
+        for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+            for (int v = 0; v < 4; ++v) sums[v] += abs(load(w + i + v * kLanes));
+        for (; i < end; i += kLanes)
+            sums[0] += abs(end - i < kLanes ? load_part(w + i, (int)(end - i)) : load(w + i));
+        whole += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    return whole;
+}
+
+// A panel: rows first .. first + 16 of the matrix.
+template <typename T>
+void quantize_panel(const T* weight, int64_t N, int64_t K, int64_t first, float divisor, uint8_t* to) {
+    const int64_t blocks = blocks_of(K);
+    memset(to, 0, blocks * kBlockBytes);
+    for (int64_t r = 0; r < kPanelRows && first + r < N; ++r) {
+        const T* from = weight + (first + r) * K;
+        for (int64_t j = 0; j < blocks; ++j) {
+            int32_t codes[kBlockColumns] = {};
+            for (int v = 0; v < kBlockColumns; v += kLanes) {
+                const int64_t k = j * kBlockColumns + v, left = K - k;
+                if (left <= 0) break;
+                const vf x = left < kLanes ? load_part(from + k, (int)left) : load(from + k);
+                const vf limited = max(min(x / divisor, splat(1.0f)), splat(-1.0f));
+                vi code = round_to_int(limited) + 1;
+                for (int i = (int)(left < kLanes ? left : kLanes); i < kLanes; ++i) code[i] = 0;
+                memcpy(codes + v, &code, sizeof code);
+            }
+            uint8_t* at = to + j * kBlockBytes + 4 * r;
+            for (int i = 0; i < 4; ++i)
+                at[i] = (uint8_t)(codes[i] | codes[4 + i] << 2 | codes[8 + i] << 4 | codes[12 + i] << 6);
+        }
+    }
+}
+
+template <typename T>
+void quantize_weight(const T* weight, int64_t N, int64_t K, bool median, float* gamma, uint8_t* packed, double* sums,
+                     int threads) {
+    const int64_t parts = row_blocks(N);
+    threads = threads_for(N * K / 4, threads);
+    if (!median) {
+        parallel_for(parts, threads, [&](int64_t i) {
+            const int64_t begin = i * N / parts, end = (i + 1) * N / parts;
+            sums[i] = sum_of_magnitudes(weight + begin * K, (end - begin) * K);
+        });
+        double whole = 0;
+        for (int64_t i = 0; i < parts; ++i) whole += sums[i];
+        *gamma = (float)(whole / (double)(N * K));
+    }
+    const float divisor = *gamma + 1e-5f;
+    parallel_for((N + kPanelRows - 1) / kPanelRows, threads, [&](int64_t p) {
+        quantize_panel(weight, N, K, p * kPanelRows, divisor, packed + p * blocks_of(K) * kBlockBytes);
+    });
+}
+
+}  // namespace
+
+void ternary_quantize_weight(const void* weight, int dtype, int64_t N, int64_t K, bool median, float* gamma,
+                             uint8_t* packed, double* sums, int threads) {
+    if (dtype == kBFloat16) quantize_weight((const BF16*)weight, N, K, median, gamma, packed, sums, threads);
+    else if (dtype == kFloat16) quantize_weight((const FP16*)weight, N, K, median, gamma, packed, sums, threads);
+    else quantize_weight((const float*)weight, N, K, median, gamma, packed, sums, threads);
+}
+
+}  // namespace ULTRA_ISA
+}  // namespace ultra

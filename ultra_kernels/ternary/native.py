@@ -1,0 +1,79 @@
+"""Ternary products on the CPU in C++ (csrc/ternary); the contracts are in op.py."""
+
+from __future__ import annotations
+
+import torch
+
+from .._native import DTYPES, address, contiguous_rows, load
+
+
+def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    C_, threads = load(), torch.get_num_threads()
+    (N, K), M = shape, x.shape[0]
+    x = contiguous_rows(x)
+    y = torch.empty((M, N), dtype=torch.int32)
+    scratch = torch.empty(C_.ternary_scratch(M, K, threads), dtype=torch.uint8)
+    C_.ternary_matmul(
+        x.data_ptr(), x.stride(0), (M, N, K), codes.data_ptr(), y.data_ptr(), scratch.data_ptr(), threads
+    )
+    return y
+
+
+def ternary_linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    N, K = shape
+    rows = x.reshape(-1, K)
+    quantised, step, _ = quantize_rows(rows, None)
+    return product(quantised, step, codes, scale, shape, bias, x.dtype).view(*x.shape[:-1], N)
+
+
+def quantize_rows(x: torch.Tensor, norm_weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes int8 `[M, K rounded up to 16]`, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
+    M, K = x.shape
+    x = contiguous_rows(x)
+    codes = torch.empty((M, (K + 15) // 16 * 16), dtype=torch.int8)
+    step = torch.empty(M, dtype=torch.float32)
+    rstd = torch.empty(0 if norm_weight is None else M, dtype=torch.float32)
+    weight = None if norm_weight is None else norm_weight.float().contiguous()
+    load().ternary_quantize_rows(
+        x.data_ptr(), x.stride(0), DTYPES[x.dtype], M, K, address(weight), codes.data_ptr(), step.data_ptr(),
+        rstd.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, step, rstd
+
+
+def product(
+    codes: torch.Tensor,
+    step: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(codes · weightᵀ) · step · scale + bias, `[M, N]` in `dtype`; codes and step of `quantize_rows`."""
+    C_, threads = load(), torch.get_num_threads()
+    (N, K), M = shape, codes.shape[0]
+    y = torch.empty((M, N), dtype=dtype)
+    scratch = torch.empty(C_.ternary_scratch(M, K, threads), dtype=torch.uint8)
+    bias = None if bias is None else bias.float().contiguous()
+    C_.ternary_product(
+        codes.data_ptr(), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(), address(bias),
+        y.data_ptr(), DTYPES[dtype], scratch.data_ptr(), threads,
+    )  # fmt: skip
+    return y
+
+
+def quantize_weight(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed codes, γ float32 `[]`) of weight `[N, K]`."""
+    N, K = weight.shape
+    weight = weight.contiguous()
+    median = scale == "median"
+    gamma = weight.abs().flatten().median().float() if median else torch.empty((), dtype=torch.float32)
+    packed = torch.empty((-(-N // 16), -(-K // 16), 64), dtype=torch.uint8)
+    load().ternary_quantize_weight(
+        weight.data_ptr(), DTYPES[weight.dtype], N, K, median, gamma.data_ptr(), packed.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return packed, gamma
