@@ -1,5 +1,6 @@
 // The pybind11 module ultra_kernels._C, and nothing else: addresses and sizes in, one call of the instruction set in use.
 // Callers (ultra_kernels/<op>/native.py) own every check; the GIL is released while a kernel runs.
+#include "bitlinear/bitlinear.h"
 #include "causal_conv1d/causal_conv1d.h"
 #include "common/row_blocks.h"
 #include "common/simd_test.h"
@@ -285,19 +286,40 @@ PYBIND11_MODULE(_C, m) {
                                    ptr<char>(scratch), threads);
     }, Nogil());
     m.def("ternary_quantize_rows", [](Address x, int64_t x_row, int dtype, int64_t M, int64_t K, Address norm_weight,
-                                      Address codes, Address step, Address rstd, int threads) {
+                                      Address codes, int64_t codes_row, Address step, Address rstd, int threads) {
         ULTRA_PICK(ternary_quantize_rows)(in(x), x_row, dtype, K, fin(norm_weight),
-                                          {ptr<int8_t>(codes), fout(step), M}, fout(rstd), threads);
+                                          {ptr<int8_t>(codes), fout(step), codes_row, M}, fout(rstd), threads);
     }, Nogil());
-    m.def("ternary_product", [](Address codes, Address step, Sizes n, Address weight, Address scale, Address bias,
-                                Address y, int dtype, Address scratch, int threads) {
-        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_matrix(weight, n), fin(scale),
-                                    fin(bias), out(y), dtype, ptr<char>(scratch), threads);
+    m.def("ternary_product", [](Address codes, int64_t codes_row, Address step, Sizes n, Address weight, Address scale,
+                                Address bias, Address y, int dtype, Address scratch, int threads) {
+        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), codes_row, n[0]}, ternary_matrix(weight, n),
+                                    fin(scale), fin(bias), out(y), dtype, ptr<char>(scratch), threads);
     }, Nogil());
     m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t N, int64_t K, bool median, Address gamma,
                                         Address packed, int threads) {
         double sums[ultra::kMostRowBlocks];
         ULTRA_PICK(ternary_quantize_weight)(in(weight), dtype, N, K, median, fout(gamma), ptr<uint8_t>(packed), sums,
                                             threads);
+    }, Nogil());
+
+    m.def("pairs", [] { return ULTRA_PICK(bitlinear_pairs)(); }, "Whether products of bfloat16 pairs are in hardware.");
+    m.def("bitlinear_scratch", [](int threads) { return ULTRA_PICK(bitlinear_scratch)(threads); });
+    m.def("bitlinear_dx", [](Address dy, int64_t dy_row, bool pairs, Sizes n, Address weight, Address gamma, Address dx,
+                             Address scratch, int threads) {
+        ULTRA_PICK(bitlinear_dx)({in(dy), dy_row, pairs}, n[0], ternary_matrix(weight, n), fin(gamma), fout(dx),
+                                 fout(scratch), threads);
+    }, Nogil());
+    m.def("bitlinear_dweight", [](Address dy, int64_t dy_row, bool pairs, Sizes n, Address codes, Address step,
+                                  Address dweight, Address scratch, int threads) {
+        ULTRA_PICK(bitlinear_dweight)({in(dy), dy_row, pairs}, n[1], n[2], {ptr<int8_t>(codes), fout(step), n[2], n[0]},
+                                      fout(dweight), fout(scratch), threads);
+    }, Nogil());
+    m.def("bitlinear_fingerprint", [](Address data, int64_t n, int64_t size) {
+        return ULTRA_PICK(bitlinear_fingerprint)(in(data), n, size);
+    });
+    m.def("bitlinear_norm_backward", [](Address grad, Address x, int64_t x_row, int dtype, Address rstd, Address weight,
+                                        int64_t M, int64_t K, Address dx, Address dweight, Address parts, int threads) {
+        ULTRA_PICK(bitlinear_norm_backward)(fin(grad), in(x), x_row, dtype, fin(rstd), fin(weight), M, K, out(dx),
+                                            fout(dweight), fout(parts), threads);
     }, Nogil());
 }

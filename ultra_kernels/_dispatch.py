@@ -178,6 +178,13 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.ultra_kernels, name).default
 
 
+def define_without_gradient(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """`define` for an op whose outputs are constants to autograd, whatever its inputs require."""
+    op = define(schema, torch.no_grad()(implementation), fake)
+    _library.impl(op.name().split("::")[1], torch.library.fallthrough_kernel, "Autograd")
+    return op
+
+
 def _register_autograd(op: Any, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> None:
     """Ties `gradients` to `op`. torch.library.register_autograd does the same at about twice the cost per call."""
 

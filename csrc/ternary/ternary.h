@@ -13,11 +13,11 @@ struct TernaryMatrix {
     int64_t N, K;
 };
 
-// Rows of x as codes · step; a row of codes is row_bytes(K) long, its end 0.
+// Rows of x as codes · step. Rows of codes are `row` apart; where that is more than K, the rest of a row is 0.
 struct Int8Rows {
     int8_t* codes;
     float* step;
-    int64_t M;
+    int64_t row, M;
 };
 
 static inline int64_t ternary_row_bytes(int64_t K) { return (K + 15) / 16 * 16; }

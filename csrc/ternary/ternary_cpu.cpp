@@ -172,7 +172,7 @@ static void few_rows_of_vectors(const Rows& x, const TernaryMatrix& w, int64_t b
     }
 }
 
-constexpr int64_t kMostFewRows = 3 * kFewRows;
+constexpr int64_t kMostFewRows = 12 * kFewRows;
 constexpr int64_t kVectorsOfTask = 64;  // of the few: 16 rows of AVX-512's are 32 KB at K = 2048
 
 int64_t unpacked_bytes(int64_t K) { return blocks_of(K) * kSlots * kManyVectors * kCodeBytes; }
@@ -253,7 +253,7 @@ static inline void store_bytes(int8_t* p, vi x, int n) {
 
 // One row; `at(k)` and `part(k, n)` give x, or norm(x).
 template <typename Load, typename Part>
-static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* codes) {
+static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* codes, int64_t row) {
     Largest largest;
     int64_t k = 0;
     for (; k + kLanes <= K; k += kLanes) largest(at(k));
@@ -262,22 +262,22 @@ static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* c
     const float inverse = 127.0f / absmax;
     for (k = 0; k + kLanes <= K; k += kLanes) store_bytes(codes + k, round_to_int(at(k) * inverse), kLanes);
     if (k < K) store_bytes(codes + k, round_to_int(part(k, (int)(K - k)) * inverse), (int)(K - k));
-    memset(codes + K, 0, ternary_row_bytes(K) - K);
+    memset(codes + K, 0, row - K);
     return absmax / 127.0f;
 }
 
 template <typename T>
 static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weight, const Int8Rows& to, float* rstd,
                           int threads) {
-    const int64_t block = 16, bytes = ternary_row_bytes(K);
+    const int64_t block = 16;
     parallel_for((to.M + block - 1) / block, threads_for(to.M * K / 4, threads), [&](int64_t i) {
         for (int64_t m = i * block; m < to.M && m < (i + 1) * block; ++m) {
             const T* from = x + m * row;
-            int8_t* codes = to.codes + m * bytes;
+            int8_t* codes = to.codes + m * to.row;
             const auto load_x = [&](int64_t k) { return load(from + k); };
             const auto part_x = [&](int64_t k, int n) { return load_part(from + k, n); };
             if (!weight) {
-                to.step[m] = quantize_row(K, load_x, part_x, codes);
+                to.step[m] = quantize_row(K, load_x, part_x, codes, to.row);
                 continue;
             }
             vf squares = {};
@@ -288,7 +288,7 @@ static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weigh
             rstd[m] = r;
             to.step[m] = quantize_row(
                 K, [&](int64_t c) { return load_x(c) * r * load(weight + c); },
-                [&](int64_t c, int n) { return part_x(c, n) * r * load_part(weight + c, n); }, codes);
+                [&](int64_t c, int n) { return part_x(c, n) * r * load_part(weight + c, n); }, codes, to.row);
         }
     });
 }
@@ -314,8 +314,7 @@ void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, c
 
 void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
                      int dtype, char* scratch, int threads) {
-    const int64_t bytes = ternary_row_bytes(w.K);
-    const Rows rows = prepare(x.codes, bytes, x.M, w.K, false, scratch, threads);
+    const Rows rows = prepare(x.codes, x.row, x.M, w.K, x.row < ternary_row_bytes(w.K), scratch, threads);
     uint8_t* unpacked = after_rows(x.M, w.K, scratch);
     if (dtype == kBFloat16) multiply(rows, w, unpacked, Scaled<BF16>{(BF16*)y, w.N, x.step, *scale, bias}, threads);
     else if (dtype == kFloat16)

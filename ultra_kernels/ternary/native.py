@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 
 from .._native import DTYPES, address, contiguous_rows, load
+from .reference import unpack
+
+
+def quantize_ternary(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    packed, gamma = quantize_weight(weight, scale)
+    return unpack(packed, (weight.shape[0], weight.shape[1])), gamma
 
 
 def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -23,21 +29,22 @@ def ternary_linear(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     N, K = shape
-    rows = x.reshape(-1, K)
-    quantised, step, _ = quantize_rows(rows, None)
+    quantised, step, _ = quantize_rows(x.reshape(-1, K), None, (K + 15) // 16 * 16)
     return product(quantised, step, codes, scale, shape, bias, x.dtype).view(*x.shape[:-1], N)
 
 
-def quantize_rows(x: torch.Tensor, norm_weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes int8 `[M, K rounded up to 16]`, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
+def quantize_rows(
+    x: torch.Tensor, norm_weight: torch.Tensor | None, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes int8 `[M, width]`, zero from K on, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
     M, K = x.shape
     x = contiguous_rows(x)
-    codes = torch.empty((M, (K + 15) // 16 * 16), dtype=torch.int8)
+    codes = torch.empty((M, width), dtype=torch.int8)
     step = torch.empty(M, dtype=torch.float32)
     rstd = torch.empty(0 if norm_weight is None else M, dtype=torch.float32)
     weight = None if norm_weight is None else norm_weight.float().contiguous()
     load().ternary_quantize_rows(
-        x.data_ptr(), x.stride(0), DTYPES[x.dtype], M, K, address(weight), codes.data_ptr(), step.data_ptr(),
+        x.data_ptr(), x.stride(0), DTYPES[x.dtype], M, K, address(weight), codes.data_ptr(), width, step.data_ptr(),
         rstd.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, step, rstd
@@ -59,7 +66,7 @@ def product(
     scratch = torch.empty(C_.ternary_scratch(M, K, threads), dtype=torch.uint8)
     bias = None if bias is None else bias.float().contiguous()
     C_.ternary_product(
-        codes.data_ptr(), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(), address(bias),
+        codes.data_ptr(), codes.stride(0), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(), address(bias),
         y.data_ptr(), DTYPES[dtype], scratch.data_ptr(), threads,
     )  # fmt: skip
     return y

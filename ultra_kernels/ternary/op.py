@@ -7,13 +7,23 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import Op
+from .. import _native
+from .._dispatch import Op, define_without_gradient
 from . import reference
 
-_ORDER = {"cuda": ("reference",), "cpu": ("reference",)}
-QUANTIZE = Op("quantize_ternary", __package__, _ORDER, {})
-MATMUL = Op("ternary_matmul", __package__, _ORDER, {})
-LINEAR = Op("ternary_linear", __package__, _ORDER, {})
+_ORDER = {"cuda": ("reference",), "cpu": ("native", "reference")}
+
+
+def _native_matmul_why_not(x: torch.Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"the C++ kernels run on the CPU, this tensor is on {x.device.type}"
+    reason: str | None = _native.missing_constant()
+    return reason
+
+
+QUANTIZE = Op("quantize_ternary", __package__, _ORDER, {"native": _native.why_not})
+MATMUL = Op("ternary_matmul", __package__, _ORDER, {"native": _native_matmul_why_not})
+LINEAR = Op("ternary_linear", __package__, _ORDER, {"native": _native.why_not})
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,7 @@ def quantize_ternary(
         raise ValueError(f"quantize_ternary: weight has shape {tuple(weight.shape)}; it must be (N, K), not empty")
     if scale not in ("mean", "median"):
         raise ValueError(f"quantize_ternary: scale {scale!r} is unknown; it must be 'mean' or 'median'")
-    QUANTIZE.choose(backend, weight)
-    return reference.quantize_ternary(weight.detach(), scale)
+    return _quantize_op(weight, scale, QUANTIZE.choose(backend, weight))  # type: ignore[no-any-return]
 
 
 def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
@@ -84,8 +93,7 @@ def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | Non
     K = packed.shape[1]
     if x.dtype != torch.int8 or x.ndim != 2 or x.shape[1] != K:
         raise ValueError(f"ternary_matmul: x is {x.dtype} {tuple(x.shape)}; it must be int8 (M, {K})")
-    MATMUL.choose(backend, x)
-    return reference.ternary_matmul(x, packed.codes, packed.shape)
+    return _matmul_op(x, packed.codes, packed.shape, MATMUL.choose(backend, x))  # type: ignore[no-any-return]
 
 
 def ternary_linear(
@@ -102,6 +110,41 @@ def ternary_linear(
         raise ValueError(f"ternary_linear: x has shape {tuple(x.shape)}; its last axis must be {K}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"ternary_linear: bias has shape {tuple(bias.shape)}; it must be ({N},)")
-    LINEAR.choose(backend, x)
-    with torch.no_grad():
-        return reference.ternary_linear(x, packed.codes, packed.scale, packed.shape, bias)
+    chosen = LINEAR.choose(backend, x)
+    return _linear_op(x, packed.codes, packed.scale, packed.shape, bias, chosen)  # type: ignore[no-any-return]
+
+
+def _quantize(weight: torch.Tensor, scale: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    result: tuple[torch.Tensor, torch.Tensor] = QUANTIZE.module(backend).quantize_ternary(weight, scale)
+    return result
+
+
+def _matmul(x: torch.Tensor, codes: torch.Tensor, shape: list[int], backend: str) -> torch.Tensor:
+    y: torch.Tensor = MATMUL.module(backend).ternary_matmul(x, codes, tuple(shape))
+    return y
+
+
+def _linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: list[int], bias: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    y: torch.Tensor = LINEAR.module(backend).ternary_linear(x, codes, scale, tuple(shape), bias)
+    return y
+
+
+_quantize_op = define_without_gradient(
+    "quantize_ternary(Tensor weight, str scale, str backend) -> (Tensor, Tensor)",
+    _quantize,
+    lambda weight, scale, backend: (
+        weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty((), dtype=torch.float32),
+    ),
+)  # fmt: skip
+_matmul_op = define_without_gradient(
+    "ternary_matmul(Tensor x, Tensor codes, int[] shape, str backend) -> Tensor",
+    _matmul,
+    lambda x, codes, shape, backend: x.new_empty((x.shape[0], shape[0]), dtype=torch.int32),
+)
+_linear_op = define_without_gradient(
+    "ternary_linear(Tensor x, Tensor codes, Tensor scale, int[] shape, Tensor? bias, str backend) -> Tensor",
+    _linear,
+    lambda x, codes, scale, shape, bias, backend: x.new_empty((*x.shape[:-1], shape[0])),
+)

@@ -1,0 +1,225 @@
+// Contract: ultra_kernels/bitlinear/op.py. Both products have small integers on one side, which are widened tile by tile:
+// packed weights, or int8 codes of x. Their scales are factors of the other side.
+#include "bitlinear/bitlinear.h"
+
+#include "common/codes.h"
+#include "common/parallel.h"
+#include "common/product.h"
+#include "common/row_blocks.h"
+
+namespace ultra {
+namespace ULTRA_ISA {
+
+namespace {
+
+constexpr int64_t kRows = 192, kColumns = 64;  // of a task's output
+constexpr int64_t kInner = 128;                // of a tile of the right factor: 32 KB
+
+// Scratch memory of a thread.
+struct Tiles {
+    float *out, *right, *left, *by_row;
+
+    explicit Tiles(float* scratch) {
+        float* at = scratch + thread_index() * floats();
+        out = at, at += kRows * kColumns;
+        right = at, at += kInner * kColumns;
+        left = at, at += kInner * kRows;
+        by_row = at;
+    }
+    static int64_t floats() { return kRows * kColumns + kInner * kColumns + kInner * kRows + kRows; }
+};
+
+int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
+
+void store_block(const float* from, int64_t rows, int64_t columns, float* to, int64_t row) {
+    for (int64_t i = 0; i < rows; ++i) {
+        int64_t c = 0;
+        for (; c + kLanes <= columns; c += kLanes) store(to + i * row + c, load(from + i * kColumns + c));
+        if (c < columns) store_part(to + i * row + c, load(from + i * kColumns + c), (int)(columns - c));
+    }
+}
+
+// Rows of words from rows of numbers: `get(i, c)` is a vector of number row i; odd rows fill the other half of pairs.
+template <typename Get> void fill_words(int64_t rows, int64_t columns, float* to, int64_t to_row, const Get& get) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < columns; c += kLanes) store(to + i * to_row + c, get(i, c));
+}
+template <typename Get> void fill_words(int64_t rows, int64_t columns, Pair* to, int64_t to_row, const Get& get) {
+    for (int64_t i = 0; i < rows; i += 2)
+        for (int64_t c = 0; c < columns; c += kLanes)
+            store(to + i / 2 * to_row + c, get(i, c), i + 1 < rows ? get(i + 1, c) : splat(0.0f));
+}
+
+typedef int8_t vb __attribute__((vector_size(kLanes)));
+vf widen(const int8_t* p) {
+    vb narrow; memcpy(&narrow, p, sizeof narrow);
+    return __builtin_convertvector(narrow, vf);
+}
+
+// Weights of rows first .. first + rows, columns begin .. begin + columns, as int8 with rows of kColumns; 0 past the matrix.
+// `first` and `begin` are multiples of 16.
+void unpack(const TernaryMatrix& w, int64_t first, int64_t rows, int64_t begin, int64_t columns, int8_t* to) {
+    const int64_t blocks = (w.K + kBlockColumns - 1) / kBlockColumns;
+    for (int64_t i = 0; i < rows; i += kLanes) {
+        const uint8_t* from = codes_of_vector(w.codes, blocks, (first + i) / kLanes);
+        for (int64_t c = 0; c < columns; c += kBlockColumns) {
+            const Codes packed = load_codes(from + (begin + c) / kBlockColumns * kBlockBytes);
+            vf x[4];
+            for (int s = 0; s < kSlots; ++s) {
+                const Codes codes = slot(packed, s);
+                memcpy(&x[s], &codes, sizeof codes);
+            }
+            transpose_quads(x);
+            for (int q = 0; q < 4; ++q) {
+                alignas(64) int8_t bytes[kCodeBytes];
+                memcpy(bytes, &x[q], sizeof bytes);
+                for (int g = 0; g < kLanes / 4; ++g)
+                    for (int b = 0; b < kBlockColumns; ++b)
+                        to[(i + 4 * g + q) * kColumns + c + b] = (int8_t)(bytes[g * kBlockColumns + b] - 1);
+            }
+        }
+    }
+}
+
+template <typename Word>
+void dx_block(const OutputGradient& dy, int64_t m, int64_t rows, const TernaryMatrix& w, int64_t k, const Tiles& tiles,
+              float* dx) {
+    const int64_t columns = at_most(w.K - k, kColumns);
+    auto* weights = (int8_t*)tiles.left;  // not used otherwise: dy is read in place
+    for (int64_t n = 0; n < w.N; n += kInner) {
+        const int64_t inner = at_most(w.N - n, kInner);
+        unpack(w, n, inner, k, columns, weights);
+        fill_words(inner, padded(columns), (Word*)tiles.right, kColumns,
+                   [&](int64_t i, int64_t c) { return widen(weights + i * kColumns + c); });
+        const Word* left = (const Word*)dy.data + (m * dy.row + n) / kNumbers<Word>;
+        multiply(rows, columns, words<Word>(inner), Factor<Word>{left, dy.row / kNumbers<Word>, 1}, (Word*)tiles.right,
+                 kColumns, Product<float>{tiles.out, kColumns, n > 0, tiles.by_row});
+    }
+    store_block(tiles.out, rows, columns, dx + m * w.K + k, w.K);
+}
+
+vf load_gradient(const OutputGradient& dy, int64_t m, int64_t n, int64_t left) {
+    if (dy.pairs) {
+        const auto* p = (const BF16*)dy.data + m * dy.row + n;
+        return left < kLanes ? load_part(p, (int)left) : load(p);
+    }
+    const auto* p = (const float*)dy.data + m * dy.row + n;
+    return left < kLanes ? load_part(p, (int)left) : load(p);
+}
+
+template <typename Word>
+void dweight_block(const OutputGradient& dy, int64_t n, int64_t rows, const Int8Rows& x, int64_t k, int64_t K,
+                   const Tiles& tiles, float* dweight) {
+    const int64_t columns = at_most(K - k, kColumns), wide = padded(rows);
+    for (int64_t m = 0; m < x.M; m += kInner) {
+        const int64_t inner = at_most(x.M - m, kInner);
+        fill_words(inner, wide, (Word*)tiles.left, wide, [&](int64_t i, int64_t c) {
+            return load_gradient(dy, m + i, n + c, rows - c) * x.step[m + i];
+        });
+        fill_words(inner, padded(columns), (Word*)tiles.right, kColumns, [&](int64_t i, int64_t c) {
+            const int8_t* p = x.codes + (m + i) * x.row + k + c;
+            if (columns - c >= kLanes) return widen(p);
+            int8_t part[kLanes] = {};
+            memcpy(part, p, columns - c);
+            return widen(part);
+        });
+        multiply(rows, columns, words<Word>(inner), Factor<Word>{(Word*)tiles.left, 1, wide}, (Word*)tiles.right,
+                 kColumns, Product<float>{tiles.out, kColumns, m > 0});
+    }
+    store_block(tiles.out, rows, columns, dweight + n * K + k, K);
+}
+
+// body(row, rows, column, tiles) for every block of an output [rows, columns].
+template <typename Body>
+void for_each_block(int64_t rows, int64_t columns, float* scratch, int threads, const Body& body) {
+    const int64_t down = (rows + kRows - 1) / kRows, across = (columns + kColumns - 1) / kColumns;
+    parallel_for(down * across, threads, [&](int64_t i) {
+        const int64_t row = i / across * kRows;
+        body(row, at_most(rows - row, kRows), i % across * kColumns, Tiles(scratch));
+    });
+}
+
+template <typename T>
+void norm_backward(const float* grad, const T* x, int64_t x_row, const float* rstd, const float* weight, int64_t M,
+                   int64_t K, T* dx, float* dweight, float* parts, int threads) {
+    const int64_t blocks = row_blocks(M);
+    parallel_for(blocks, threads, [&](int64_t block) {
+        float* sums = parts + block * K;
+        for (int64_t k = 0; k < K; ++k) sums[k] = 0.0f;
+        for (int64_t m = block * M / blocks; m < (block + 1) * M / blocks; ++m) {
+            const float* g = grad + m * K;
+            const T* from = x + m * x_row;
+            const float r = rstd[m];
+            const auto part = [&](const auto* p, int64_t k) {
+                return K - k < kLanes ? load_part(p + k, (int)(K - k)) : load(p + k);
+            };
+            vf dot = {};
+            for (int64_t k = 0; k < K; k += kLanes) dot += part(g, k) * part(weight, k) * part(from, k);
+            const float mean = sum(dot) * r * r / (float)K;
+            for (int64_t k = 0; k < K; k += kLanes) {
+                const vf gk = part(g, k), xk = part(from, k);
+                const vf out = (gk * part(weight, k) - xk * mean) * r, dw = part(sums, k) + gk * xk * r;
+                if (K - k < kLanes) {
+                    store_part(dx + m * K + k, out, (int)(K - k));
+                    store_part(sums + k, dw, (int)(K - k));
+                } else {
+                    store(dx + m * K + k, out);
+                    store(sums + k, dw);
+                }
+            }
+        }
+    });
+    for (int64_t k = 0; k < K; ++k) {
+        float sum = 0.0f;
+        for (int64_t block = 0; block < blocks; ++block) sum += parts[block * K + k];
+        dweight[k] = sum;
+    }
+}
+
+}  // namespace
+
+bool bitlinear_pairs() { return kPairs; }
+int64_t bitlinear_scratch(int threads) { return threads * Tiles::floats(); }
+
+void bitlinear_dx(const OutputGradient& dy, int64_t M, const TernaryMatrix& w, const float* gamma, float* dx,
+                  float* scratch, int threads) {
+    for_each_block(M, w.K, scratch, threads, [&](int64_t m, int64_t rows, int64_t k, const Tiles& tiles) {
+        for (int64_t i = 0; i < rows; ++i) tiles.by_row[i] = *gamma;
+        if (dy.pairs) dx_block<Pair>(dy, m, rows, w, k, tiles, dx);
+        else dx_block<float>(dy, m, rows, w, k, tiles, dx);
+    });
+}
+
+void bitlinear_dweight(const OutputGradient& dy, int64_t N, int64_t K, const Int8Rows& x, float* dweight,
+                       float* scratch, int threads) {
+    if (!x.M) memset(dweight, 0, N * K * sizeof(float));
+    for_each_block(x.M ? N : 0, K, scratch, threads, [&](int64_t n, int64_t rows, int64_t k, const Tiles& tiles) {
+        if (dy.pairs) dweight_block<Pair>(dy, n, rows, x, k, K, tiles, dweight);
+        else dweight_block<float>(dy, n, rows, x, k, K, tiles, dweight);
+    });
+}
+
+void bitlinear_norm_backward(const float* grad, const void* x, int64_t x_row, int dtype, const float* rstd,
+                             const float* weight, int64_t M, int64_t K, void* dx, float* dweight, float* parts,
+                             int threads) {
+    if (dtype == kBFloat16)
+        norm_backward(grad, (const BF16*)x, x_row, rstd, weight, M, K, (BF16*)dx, dweight, parts, threads);
+    else if (dtype == kFloat16)
+        norm_backward(grad, (const FP16*)x, x_row, rstd, weight, M, K, (FP16*)dx, dweight, parts, threads);
+    else norm_backward(grad, (const float*)x, x_row, rstd, weight, M, K, (float*)dx, dweight, parts, threads);
+}
+
+// FNV-1a over 1024 numbers spread evenly.
+uint64_t bitlinear_fingerprint(const void* data, int64_t n, int64_t size) {
+    uint64_t hash = 14695981039346656037u;
+    const int64_t samples = at_most(n, 1024);
+    for (int64_t i = 0; i < samples; ++i) {
+        uint32_t bits = 0;
+        memcpy(&bits, (const char*)data + i * (n - 1) / (samples > 1 ? samples - 1 : 1) * size, size);
+        hash = (hash ^ bits) * 1099511628211u;
+    }
+    return hash;
+}
+
+}  // namespace ULTRA_ISA
+}  // namespace ultra
