@@ -12,8 +12,10 @@ namespace ULTRA_ISA {
 
 namespace {
 
-constexpr int64_t kRows = 192, kColumns = 64;  // of a task's output
-constexpr int64_t kInner = 128;                // of a tile of the right factor: 32 KB
+constexpr int64_t kColumns = 64, kInner = 128;  // of a tile of the right factor: 32 KB
+// A task's output: so many rows that widening the right factor, and columns that copying the left one, costs little.
+constexpr int64_t kInputRows = 512, kInputColumns = kColumns;
+constexpr int64_t kWeightRows = 192, kWeightColumns = 4 * kColumns;
 
 // Scratch memory of a thread.
 struct Tiles {
@@ -21,22 +23,21 @@ struct Tiles {
 
     explicit Tiles(float* scratch) {
         float* at = scratch + thread_index() * floats();
-        out = at, at += kRows * kColumns;
+        out = at, at += kWeightRows * kWeightColumns;
         right = at, at += kInner * kColumns;
-        left = at, at += kInner * kRows;
+        left = at, at += kInner * kWeightRows;
         by_row = at;
     }
-    static int64_t floats() { return kRows * kColumns + kInner * kColumns + kInner * kRows + kRows; }
+    static int64_t floats() {
+        static_assert(kInputRows * kInputColumns <= kWeightRows * kWeightColumns, "`out` holds either block");
+        return kWeightRows * kWeightColumns + kInner * kColumns + kInner * kWeightRows + kInputRows;
+    }
 };
 
 int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
-void store_block(const float* from, int64_t rows, int64_t columns, float* to, int64_t row) {
-    for (int64_t i = 0; i < rows; ++i) {
-        int64_t c = 0;
-        for (; c + kLanes <= columns; c += kLanes) store(to + i * row + c, load(from + i * kColumns + c));
-        if (c < columns) store_part(to + i * row + c, load(from + i * kColumns + c), (int)(columns - c));
-    }
+void store_block(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t row) {
+    for (int64_t i = 0; i < rows; ++i) memcpy(to + i * row, from + i * from_row, columns * sizeof(float));
 }
 
 // Rows of words from rows of numbers: `get(i, c)` is a vector of number row i; odd rows fill the other half of pairs.
@@ -51,7 +52,7 @@ template <typename Get> void fill_words(int64_t rows, int64_t columns, Pair* to,
 }
 
 typedef int8_t vb __attribute__((vector_size(kLanes)));
-vf widen(const int8_t* p) {
+static inline vf widen(const int8_t* p) {
     vb narrow; memcpy(&narrow, p, sizeof narrow);
     return __builtin_convertvector(narrow, vf);
 }
@@ -95,47 +96,48 @@ void dx_block(const OutputGradient& dy, int64_t m, int64_t rows, const TernaryMa
         multiply(rows, columns, words<Word>(inner), Factor<Word>{left, dy.row / kNumbers<Word>, 1}, (Word*)tiles.right,
                  kColumns, Product<float>{tiles.out, kColumns, n > 0, tiles.by_row});
     }
-    store_block(tiles.out, rows, columns, dx + m * w.K + k, w.K);
+    store_block(tiles.out, kColumns, rows, columns, dx + m * w.K + k, w.K);
 }
 
-vf load_gradient(const OutputGradient& dy, int64_t m, int64_t n, int64_t left) {
-    if (dy.pairs) {
-        const auto* p = (const BF16*)dy.data + m * dy.row + n;
-        return left < kLanes ? load_part(p, (int)left) : load(p);
-    }
-    const auto* p = (const float*)dy.data + m * dy.row + n;
-    return left < kLanes ? load_part(p, (int)left) : load(p);
+static inline vf load_up_to(const float* p, int64_t n) { return n < kLanes ? load_part(p, (int)n) : load(p); }
+static inline vf load_up_to(const BF16* p, int64_t n) { return n < kLanes ? load_part(p, (int)n) : load(p); }
+static inline vf widen_up_to(const int8_t* p, int64_t n) {
+    if (n >= kLanes) return widen(p);
+    int8_t part[kLanes] = {};
+    memcpy(part, p, n);
+    return widen(part);
 }
 
-template <typename Word>
-void dweight_block(const OutputGradient& dy, int64_t n, int64_t rows, const Int8Rows& x, int64_t k, int64_t K,
+template <typename Word, typename T>
+void dweight_block(const T* dy, int64_t dy_row, int64_t n, int64_t rows, const Int8Rows& x, int64_t k, int64_t K,
                    const Tiles& tiles, float* dweight) {
-    const int64_t columns = at_most(K - k, kColumns), wide = padded(rows);
+    const int64_t columns = at_most(K - k, kWeightColumns), wide = padded(rows);
     for (int64_t m = 0; m < x.M; m += kInner) {
         const int64_t inner = at_most(x.M - m, kInner);
         fill_words(inner, wide, (Word*)tiles.left, wide, [&](int64_t i, int64_t c) {
-            return load_gradient(dy, m + i, n + c, rows - c) * x.step[m + i];
+            return load_up_to(dy + (m + i) * dy_row + n + c, rows - c) * x.step[m + i];
         });
-        fill_words(inner, padded(columns), (Word*)tiles.right, kColumns, [&](int64_t i, int64_t c) {
-            const int8_t* p = x.codes + (m + i) * x.row + k + c;
-            if (columns - c >= kLanes) return widen(p);
-            int8_t part[kLanes] = {};
-            memcpy(part, p, columns - c);
-            return widen(part);
-        });
-        multiply(rows, columns, words<Word>(inner), Factor<Word>{(Word*)tiles.left, 1, wide}, (Word*)tiles.right,
-                 kColumns, Product<float>{tiles.out, kColumns, m > 0});
+        for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
+            const int64_t some = at_most(columns - c0, kColumns);
+            fill_words(inner, padded(some), (Word*)tiles.right, kColumns, [&](int64_t i, int64_t c) {
+                return widen_up_to(x.codes + (m + i) * x.row + k + c0 + c, some - c);
+            });
+            multiply(rows, some, words<Word>(inner), Factor<Word>{(Word*)tiles.left, 1, wide}, (Word*)tiles.right,
+                     kColumns, Product<float>{tiles.out + c0, kWeightColumns, m > 0});
+        }
     }
-    store_block(tiles.out, rows, columns, dweight + n * K + k, K);
+    store_block(tiles.out, kWeightColumns, rows, columns, dweight + n * K + k, K);
 }
 
-// body(row, rows, column, tiles) for every block of an output [rows, columns].
+// body(row, rows, column, tiles) for every block of an output.
 template <typename Body>
-void for_each_block(int64_t rows, int64_t columns, float* scratch, int threads, const Body& body) {
-    const int64_t down = (rows + kRows - 1) / kRows, across = (columns + kColumns - 1) / kColumns;
+void for_each_block(int64_t rows, int64_t block_rows, int64_t columns, int64_t block_columns, float* scratch,
+                    int threads, const Body& body) {
+    const int64_t down = (rows + block_rows - 1) / block_rows;
+    const int64_t across = (columns + block_columns - 1) / block_columns;
     parallel_for(down * across, threads, [&](int64_t i) {
-        const int64_t row = i / across * kRows;
-        body(row, at_most(rows - row, kRows), i % across * kColumns, Tiles(scratch));
+        const int64_t row = i / across * block_rows;
+        body(row, at_most(rows - row, block_rows), i % across * block_columns, Tiles(scratch));
     });
 }
 
@@ -183,20 +185,25 @@ int64_t bitlinear_scratch(int threads) { return threads * Tiles::floats(); }
 
 void bitlinear_dx(const OutputGradient& dy, int64_t M, const TernaryMatrix& w, const float* gamma, float* dx,
                   float* scratch, int threads) {
-    for_each_block(M, w.K, scratch, threads, [&](int64_t m, int64_t rows, int64_t k, const Tiles& tiles) {
+    const auto block = [&](int64_t m, int64_t rows, int64_t k, const Tiles& tiles) {
         for (int64_t i = 0; i < rows; ++i) tiles.by_row[i] = *gamma;
         if (dy.pairs) dx_block<Pair>(dy, m, rows, w, k, tiles, dx);
         else dx_block<float>(dy, m, rows, w, k, tiles, dx);
-    });
+    };
+    for_each_block(M, kInputRows, w.K, kInputColumns, scratch, threads, block);
 }
 
 void bitlinear_dweight(const OutputGradient& dy, int64_t N, int64_t K, const Int8Rows& x, float* dweight,
                        float* scratch, int threads) {
-    if (!x.M) memset(dweight, 0, N * K * sizeof(float));
-    for_each_block(x.M ? N : 0, K, scratch, threads, [&](int64_t n, int64_t rows, int64_t k, const Tiles& tiles) {
-        if (dy.pairs) dweight_block<Pair>(dy, n, rows, x, k, K, tiles, dweight);
-        else dweight_block<float>(dy, n, rows, x, k, K, tiles, dweight);
-    });
+    if (!x.M) {
+        memset(dweight, 0, N * K * sizeof(float));
+        return;
+    }
+    const auto block = [&](int64_t n, int64_t rows, int64_t k, const Tiles& tiles) {
+        if (dy.pairs) dweight_block<Pair>((const BF16*)dy.data, dy.row, n, rows, x, k, K, tiles, dweight);
+        else dweight_block<float>((const float*)dy.data, dy.row, n, rows, x, k, K, tiles, dweight);
+    };
+    for_each_block(N, kWeightRows, K, kWeightColumns, scratch, threads, block);
 }
 
 void bitlinear_norm_backward(const float* grad, const void* x, int64_t x_row, int dtype, const float* rstd,
