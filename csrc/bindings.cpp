@@ -277,9 +277,7 @@ PYBIND11_MODULE(_C, m) {
     }, Nogil());
 
     // Sizes are (M, N, K).
-    m.def("ternary_scratch", [](int64_t M, int64_t K, int threads) {
-        return ULTRA_PICK(ternary_scratch)(M, K, threads);
-    });
+    m.def("ternary_scratch", [](int64_t M, int64_t K) { return ULTRA_PICK(ternary_scratch)(M, K); });
     m.def("ternary_matmul", [](Address x, int64_t x_row, Sizes n, Address codes, Address y, Address scratch,
                                int threads) {
         ULTRA_PICK(ternary_matmul)(ptr<const int8_t>(x), x_row, n[0], ternary_matrix(codes, n), ptr<int32_t>(y),

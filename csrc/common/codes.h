@@ -31,7 +31,6 @@ static inline Codes scaled_slot(Codes packed, int s) {
 static inline Codes slot(Codes packed, int s) {
     return _mm512_and_si512(_mm512_srli_epi16(packed, 2 * s), _mm512_set1_epi8(3));
 }
-static inline void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
 #elif defined(__AVX2__)
 typedef __m256i Codes;
 typedef __m256i Quad;
@@ -49,7 +48,6 @@ static inline Codes slot(Codes packed, int s) {
     return _mm256_and_si256(_mm256_srli_epi16(packed, 2 * s), _mm256_set1_epi8(3));
 }
 static inline Codes scaled_slot(Codes packed, int s) { return slot(packed, s); }
-static inline void store_codes(uint8_t* p, Codes c) { _mm256_storeu_si256((__m256i*)p, c); }
 #else
 typedef uint8_t Codes __attribute__((vector_size(16)));
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -80,7 +78,6 @@ constexpr bool kScaledSlots = false;
 static inline Codes load_codes(const uint8_t* p) { Codes c; memcpy(&c, p, sizeof c); return c; }
 static inline Codes slot(Codes packed, int s) { return (packed >> 2 * s) & 3; }
 static inline Codes scaled_slot(Codes packed, int s) { return slot(packed, s); }
-static inline void store_codes(uint8_t* p, Codes c) { memcpy(p, &c, sizeof c); }
 #endif
 
 // The first block of vector v of the rows, counted through all panels; the next is kBlockBytes further.

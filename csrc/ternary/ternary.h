@@ -25,8 +25,7 @@ static inline int64_t ternary_row_bytes(int64_t K) { return (K + 15) / 16 * 16; 
 }  // namespace ultra
 
 ULTRA_FOR_EACH_ISA(
-    // Bytes of scratch memory, of all threads together.
-    int64_t ternary_scratch(int64_t M, int64_t K, int threads);
+    int64_t ternary_scratch(int64_t M, int64_t K);  // bytes
 
     // y [M, N] = x · codesᵀ; rows of x are x_row apart.
     void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,

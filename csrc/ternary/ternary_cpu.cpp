@@ -1,5 +1,5 @@
-// Contract: ultra_kernels/ternary/op.py. Few rows: packed codes go through registers once per kFewRows rows. Many: four
-// vectors of the matrix's rows are unpacked once into cache, for all rows of a block.
+// Contract: ultra_kernels/ternary/op.py. Packed codes go through registers once for every kRowsAtOnce rows of x. Unpacking
+// them into cache first, for tiles of 6 rows and 4 vectors, gained 4 % at 512 rows with AVX-512 and lost at 64 and fewer.
 #include "ternary/ternary.h"
 
 #include "common/codes.h"
@@ -11,10 +11,8 @@ namespace ULTRA_ISA {
 
 namespace {
 
-constexpr int kFewRows = 4;                         // 4 · kSlots sums in registers
-constexpr int kManyRows = 6;                        // as in common/product.h
-constexpr int kManyVectors = kLanes == 16 ? 4 : 2;
-constexpr int64_t kRowBlock = 192;  // rows of x per task of the many: unpacking costs 2 / kRowBlock of the product
+constexpr int kRowsAtOnce = kLanes == 8 ? 6 : 4;  // AVX-512 has kSlots sums of each in registers, AVX2 one
+constexpr int64_t kVectorsOfTask = 64;
 constexpr int64_t kWorkOfThread = 1 << 19;  // products that repay waking another thread
 
 int64_t blocks_of(int64_t K) { return (K + kBlockColumns - 1) / kBlockColumns; }
@@ -85,7 +83,7 @@ static inline void sum_sections(const Rows& x, int64_t m, int64_t first, int64_t
 }
 
 template <int rows, int vectors, typename Out>
-static void few_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int64_t first, const Out& out) {
+static void multiply_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int64_t first, const Out& out) {
     constexpr int kSums = kScaledSlots ? kSlots : 1;
     const int64_t blocks = blocks_of(w.K);
     const uint8_t* codes[vectors];
@@ -110,94 +108,38 @@ static void few_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int64_t f
     sum_sections<rows, vectors, kSums>(x, m, first, blocks, kMostScaledQuads / (kSlots / kSums), add, out);
 }
 
-// codes: `vectors` vectors of each quad of columns, one after the other.
-template <int rows, int vectors, typename Out>
-static void many_rows_tile(const Rows& x, int64_t m, const uint8_t* codes, int64_t quads, int64_t first,
-                           const Out& out) {
-    const int8_t* from = x.x + m * x.row;
-    const int64_t row = x.row;
-    const auto add = [&](int64_t begin, int64_t end, Partial(&sum)[rows][vectors][1]) {
-        for (int64_t k = begin; k < end; ++k) {
-            Codes c[vectors];
-            for (int v = 0; v < vectors; ++v) c[v] = load_codes(codes + (k * vectors + v) * kCodeBytes);
-            for (int r = 0; r < rows; ++r) {
-                const Quad quad = splat_quad(from + r * row + 4 * k);
-                for (int v = 0; v < vectors; ++v) multiply_add(sum[r][v][0], c[v], quad);
-            }
-        }
-    };
-    sum_sections<rows, vectors, 1>(x, m, first, quads, kMostQuads, add, out);
-}
-
-template <int vectors, typename Out>
-static void many_rows(const Rows& x, int64_t begin, int64_t end, const TernaryMatrix& w, int64_t first,
-                      uint8_t* unpacked, const Out& out) {
-    const int64_t blocks = blocks_of(w.K), quads = blocks * kSlots;
-    for (int v = 0; v < vectors; ++v) {
-        const uint8_t* from = codes_of_vector(w.codes, blocks, first + v);
-        for (int64_t j = 0; j < blocks; ++j) {
-            const Codes packed = load_codes(from + j * kBlockBytes);
-#pragma GCC unroll 4
-            for (int s = 0; s < kSlots; ++s)
-                store_codes(unpacked + ((j * kSlots + s) * vectors + v) * kCodeBytes, slot(packed, s));
-        }
-    }
-    int64_t m = begin;
-    for (; m + kManyRows <= end; m += kManyRows) many_rows_tile<kManyRows, vectors>(x, m, unpacked, quads, first, out);
-    switch (end - m) {
-        case 5: return many_rows_tile<5, vectors>(x, m, unpacked, quads, first, out);
-        case 4: return many_rows_tile<4, vectors>(x, m, unpacked, quads, first, out);
-        case 3: return many_rows_tile<3, vectors>(x, m, unpacked, quads, first, out);
-        case 2: return many_rows_tile<2, vectors>(x, m, unpacked, quads, first, out);
-        case 1: return many_rows_tile<1, vectors>(x, m, unpacked, quads, first, out);
+// Vectors begin .. end for all rows. One and two rows need several vectors for enough independent sums.
+template <typename Out>
+static void multiply_vectors(const Rows& x, const TernaryMatrix& w, int64_t begin, int64_t end, const Out& out) {
+    int64_t m = 0;
+    for (; m + kRowsAtOnce <= x.M; m += kRowsAtOnce)
+        for (int64_t v = begin; v < end; ++v) multiply_rows<kRowsAtOnce, 1>(x, m, w, v, out);
+    int64_t v = begin;
+    switch (x.M - m) {
+        case 1:
+            for (; v + 4 <= end; v += 4) multiply_rows<1, 4>(x, m, w, v, out);
+            for (; v < end; ++v) multiply_rows<1, 1>(x, m, w, v, out);
+            break;
+        case 2:
+            for (; v + 2 <= end; v += 2) multiply_rows<2, 2>(x, m, w, v, out);
+            for (; v < end; ++v) multiply_rows<2, 1>(x, m, w, v, out);
+            break;
+        case 3: for (; v < end; ++v) multiply_rows<3, 1>(x, m, w, v, out); break;
+        case 4: for (; v < end; ++v) multiply_rows<4, 1>(x, m, w, v, out); break;
+        case 5: for (; v < end; ++v) multiply_rows<5, 1>(x, m, w, v, out); break;
     }
 }
 
 template <typename Out>
-static void few_rows_of_vectors(const Rows& x, const TernaryMatrix& w, int64_t begin, int64_t end, const Out& out) {
-    for (int64_t m = 0; m < x.M; m += kFewRows) {
-        int64_t v = begin;
-        switch (x.M - m) {
-            case 1:
-                for (; v + 4 <= end; v += 4) few_rows<1, 4>(x, m, w, v, out);
-                for (; v < end; ++v) few_rows<1, 1>(x, m, w, v, out);
-                break;
-            case 2:
-                for (; v + 2 <= end; v += 2) few_rows<2, 2>(x, m, w, v, out);
-                for (; v < end; ++v) few_rows<2, 1>(x, m, w, v, out);
-                break;
-            case 3: for (; v < end; ++v) few_rows<3, 1>(x, m, w, v, out); break;
-            default: for (; v < end; ++v) few_rows<kFewRows, 1>(x, m, w, v, out);
-        }
-    }
-}
-
-constexpr int64_t kMostFewRows = 12 * kFewRows;
-constexpr int64_t kVectorsOfTask = 64;  // of the few: 16 rows of AVX-512's are 32 KB at K = 2048
-
-int64_t unpacked_bytes(int64_t K) { return blocks_of(K) * kSlots * kManyVectors * kCodeBytes; }
-
-template <typename Out>
-static void multiply(const Rows& x, const TernaryMatrix& w, uint8_t* scratch, const Out& out, int threads) {
+static void multiply(const Rows& x, const TernaryMatrix& w, const Out& out, int threads) {
     const int64_t vectors = vectors_of(w.N);
     if (!x.M || !vectors) return;
     threads = threads_for(x.M * w.N * w.K, threads);
-    if (x.M <= kMostFewRows) {
-        int64_t each = (vectors + threads - 1) / threads;
-        if (each > kVectorsOfTask) each = kVectorsOfTask;
-        parallel_for((vectors + each - 1) / each, threads, [&](int64_t i) {
-            const int64_t end = (i + 1) * each;
-            few_rows_of_vectors(x, w, i * each, end < vectors ? end : vectors, out);
-        });
-        return;
-    }
-    const int64_t across = (vectors + kManyVectors - 1) / kManyVectors, down = (x.M + kRowBlock - 1) / kRowBlock;
-    parallel_for(across * down, threads, [&](int64_t i) {
-        uint8_t* unpacked = scratch + thread_index() * unpacked_bytes(w.K);
-        const int64_t begin = i % down * kRowBlock, first = i / down * kManyVectors;
-        const int64_t end = begin + kRowBlock < x.M ? begin + kRowBlock : x.M;
-        if (first + kManyVectors <= vectors) return many_rows<kManyVectors>(x, begin, end, w, first, unpacked, out);
-        for (int64_t v = first; v < vectors; ++v) many_rows<1>(x, begin, end, w, v, unpacked, out);
+    int64_t each = (vectors + threads - 1) / threads;
+    if (each > kVectorsOfTask) each = kVectorsOfTask;
+    parallel_for((vectors + each - 1) / each, threads, [&](int64_t i) {
+        const int64_t end = (i + 1) * each;
+        multiply_vectors(x, w, i * each, end < vectors ? end : vectors, out);
     });
 }
 
@@ -223,10 +165,6 @@ static Rows prepare(const int8_t* x, int64_t row, int64_t M, int64_t K, bool cop
         }
     });
     return copy ? Rows{rows, bytes, M, sums} : Rows{x, row, M, sums};
-}
-
-static uint8_t* after_rows(int64_t M, int64_t K, char* scratch) {
-    return (uint8_t*)scratch + aligned(4 * M) + aligned(M * ternary_row_bytes(K));
 }
 
 // ---- rounding -----------------------------------------------------------------------------------------------------------
@@ -295,14 +233,12 @@ static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weigh
 
 }  // namespace
 
-int64_t ternary_scratch(int64_t M, int64_t K, int threads) {
-    return aligned(4 * M) + aligned(M * ternary_row_bytes(K)) + (M > kMostFewRows ? threads * unpacked_bytes(K) : 0) + 64;
-}
+int64_t ternary_scratch(int64_t M, int64_t K) { return aligned(4 * M) + aligned(M * ternary_row_bytes(K)); }
 
 void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
                     int threads) {
     const Rows rows = prepare(x, x_row, M, w.K, w.K % kBlockColumns != 0, scratch, threads);
-    multiply(rows, w, after_rows(M, w.K, scratch), Integers{y, w.N}, threads);
+    multiply(rows, w, Integers{y, w.N}, threads);
 }
 
 void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, const float* norm_weight,
@@ -315,11 +251,9 @@ void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, c
 void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
                      int dtype, char* scratch, int threads) {
     const Rows rows = prepare(x.codes, x.row, x.M, w.K, x.row < ternary_row_bytes(w.K), scratch, threads);
-    uint8_t* unpacked = after_rows(x.M, w.K, scratch);
-    if (dtype == kBFloat16) multiply(rows, w, unpacked, Scaled<BF16>{(BF16*)y, w.N, x.step, *scale, bias}, threads);
-    else if (dtype == kFloat16)
-        multiply(rows, w, unpacked, Scaled<FP16>{(FP16*)y, w.N, x.step, *scale, bias}, threads);
-    else multiply(rows, w, unpacked, Scaled<float>{(float*)y, w.N, x.step, *scale, bias}, threads);
+    if (dtype == kBFloat16) multiply(rows, w, Scaled<BF16>{(BF16*)y, w.N, x.step, *scale, bias}, threads);
+    else if (dtype == kFloat16) multiply(rows, w, Scaled<FP16>{(FP16*)y, w.N, x.step, *scale, bias}, threads);
+    else multiply(rows, w, Scaled<float>{(float*)y, w.N, x.step, *scale, bias}, threads);
 }
 
 namespace {

@@ -18,7 +18,7 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int])
     (N, K), M = shape, x.shape[0]
     x = contiguous_rows(x)
     y = torch.empty((M, N), dtype=torch.int32)
-    scratch = torch.empty(C_.ternary_scratch(M, K, threads), dtype=torch.uint8)
+    scratch = torch.empty(C_.ternary_scratch(M, K), dtype=torch.uint8)
     C_.ternary_matmul(
         x.data_ptr(), x.stride(0), (M, N, K), codes.data_ptr(), y.data_ptr(), scratch.data_ptr(), threads
     )
@@ -63,7 +63,7 @@ def product(
     C_, threads = load(), torch.get_num_threads()
     (N, K), M = shape, codes.shape[0]
     y = torch.empty((M, N), dtype=dtype)
-    scratch = torch.empty(C_.ternary_scratch(M, K, threads), dtype=torch.uint8)
+    scratch = torch.empty(C_.ternary_scratch(M, K), dtype=torch.uint8)
     bias = None if bias is None else bias.float().contiguous()
     C_.ternary_product(
         codes.data_ptr(), codes.stride(0), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(), address(bias),
