@@ -12,6 +12,7 @@ namespace ULTRA_ISA {
 namespace {
 
 constexpr int kRowsAtOnce = kLanes == 8 ? 6 : 4;  // AVX-512 has kSlots sums of each in registers, AVX2 one
+constexpr int kUnrolledSlots = kScaledSlots ? kSlots : 1;  // unrolled, AVX2's 16 registers spill: half the speed
 constexpr int64_t kVectorsOfTask = 64;
 constexpr int64_t kWorkOfThread = 1 << 19;  // products that repay waking another thread
 
@@ -94,7 +95,7 @@ static void multiply_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int6
         for (int64_t j = begin; j < end; ++j) {
             Codes packed[vectors];
             for (int v = 0; v < vectors; ++v) packed[v] = load_codes(codes[v] + j * kBlockBytes);
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolledSlots
             for (int s = 0; s < kSlots; ++s) {
                 Codes c[vectors];
                 for (int v = 0; v < vectors; ++v) c[v] = scaled_slot(packed[v], s);
