@@ -41,6 +41,7 @@ ALL = [
     if dtype in case.dtypes
     for mode in ("forward", "training")
     for backend in contenders(name)
+    if backend not in case.refused_by
 ]
 
 

@@ -78,11 +78,11 @@ def unusable(index: int) -> str | None:
 unusable_constant = torch.compiler.assume_constant_result(lambda index: unusable(index))
 
 
-def why_not(tensor: torch.Tensor, *args: object) -> str | None:
-    """The reasons common to all CUDA backends: another device, a dtype outside DTYPES, what `unusable` says."""
+def why_not(tensor: torch.Tensor, *args: object, dtypes: Iterable[torch.dtype] = DTYPES) -> str | None:
+    """The reasons common to all CUDA backends: another device, a dtype outside `dtypes`, what `unusable` says."""
     if tensor.device.type != "cuda":
         return f"the CUDA kernels run on an NVIDIA GPU, this tensor is on {tensor.device.type}"
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in dtypes:
         return f"the CUDA kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     reason: str | None = unusable_constant(tensor.device.index)
     return reason

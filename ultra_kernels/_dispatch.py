@@ -178,10 +178,10 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.ultra_kernels, name).default
 
 
-def define_without_gradient(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`define` for an op whose outputs are constants to autograd, whatever its inputs require."""
+def define_constant(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """`define` for an op without a gradient: what it returns never requires one, whatever goes in."""
     op = define(schema, torch.no_grad()(implementation), fake)
-    _library.impl(op.name().split("::")[1], torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(schema.split("(", 1)[0], torch.library.fallthrough_kernel, "Autograd")
     return op
 
 

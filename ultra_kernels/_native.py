@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -58,11 +59,11 @@ def missing() -> str | None:
 missing_constant = torch.compiler.assume_constant_result(lambda: missing())
 
 
-def why_not(tensor: torch.Tensor, *args: object) -> str | None:
-    """The reasons common to all native backends: no library, another device, a dtype outside DTYPES."""
+def why_not(tensor: torch.Tensor, *args: object, dtypes: Iterable[torch.dtype] = DTYPES) -> str | None:
+    """The reasons common to all native backends: no library, another device, a dtype outside `dtypes`."""
     if tensor.device.type != "cpu":
         return f"the C++ kernels run on the CPU, this tensor is on {tensor.device.type}"
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in dtypes:
         return f"the C++ kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     reason: str | None = missing_constant()
     return reason

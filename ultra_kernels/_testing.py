@@ -31,6 +31,7 @@ class Case:
     elements: input and output elements that must cross memory once (bytes = elements × item size).
     exps: exponentials that the forward cannot do without.
     large: for the bench on a GPU alone; a comparison with float64 on the CPU would take minutes.
+    refused_by: backends that do not take such a shape.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     constant: tuple[str, ...] = ()
     bench: bool = False
     large: bool = False
+    refused_by: tuple[str, ...] = ()
     scales: dict[str, float] = field(default_factory=dict)
     roundings: int = 1
     through_half: tuple[str, ...] = ()

@@ -61,6 +61,7 @@ ALL = [
     pytest.param(name, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}")
     for name, case in op_cases()
     for backend in OPS[name].names
+    if backend not in case.refused_by
     for dtype in case.dtypes
     if not (case.bench and dtype != torch.float32)
 ]
@@ -80,6 +81,7 @@ ON_GPU = [
     pytest.param(name, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}")
     for name, case in op_cases()
     for backend in OPS[name].order["cuda"]
+    if backend not in case.refused_by
     for dtype in case.dtypes
     if not (case.bench and backend == "reference" and dtype != torch.float32)
 ]

@@ -61,6 +61,16 @@ def test_extreme_sums_do_not_saturate(value, K):
     assert y.tolist() == [[value * K, -value * K, value * (K // 2)]] * 2
 
 
+def test_autocast_leaves_the_product_exact():
+    """As float32 operands of a product the sums would be rounded to 8 bits."""
+    x = torch.randint(-128, 128, (7, 130), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    packed, tokens = pack_ternary(codes(33, 130), torch.tensor(0.5)), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z = ternary_matmul(x, packed), ternary_linear(tokens, packed)
+    assert torch.equal(y.long(), x.long() @ codes(33, 130).long().t())
+    assert torch.equal(z, ternary_linear(tokens, packed))
+
+
 @pytest.mark.parametrize("scale", ["mean", "median"])
 @pytest.mark.parametrize("shape", [(13,), (6, 13), (2, 3, 13)])
 def test_packed_inference_equals_training(shape, scale):

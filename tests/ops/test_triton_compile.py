@@ -142,8 +142,11 @@ def launches(folder: str) -> dict[tuple[str, str, torch.dtype, int], list[Launch
                 patch.setattr(_triton, "arch_of", lambda tensor, arch=arch: arch)
                 result = getattr(ultra_kernels, name)(**case.inputs(dtype), backend="triton")
                 outputs = result if isinstance(result, tuple) else (result,)
-                torch.stack([o.float().sum() for o in outputs]).sum().backward()
-            found[name, case.name, dtype, arch] = seen
+                loss = torch.stack([o.float().sum() for o in outputs]).sum()
+                if loss.requires_grad:
+                    loss.backward()
+            if any(o.numel() for o in outputs):
+                found[name, case.name, dtype, arch] = seen
     return found
 
 

@@ -77,5 +77,6 @@ CASES = [
     _case("T63-K64-N48-norm", 63, 64, N=48, norm=True, bias=True),
     _case("T63-K65-N33-median", 63, 65, N=33, scale="median", norm=True),
     _case("strided-T9-K40-N24", 9, 40, N=24, transposed=True),
+    _case("T1500-K32-N1500", 1500, 32, N=1500),
     _case("frankenstein-T512-K1024-N2048", 512, 1024, N=2048, norm=True, bench=True),
 ]

@@ -55,9 +55,7 @@ def backward(
         )
     if wants_x or wants_norm:
         dx = torch.empty((M, K), dtype=torch.float32)
-        C_.bitlinear_dx(
-            *place, sizes, weight.data_ptr(), gamma.data_ptr(), dx.data_ptr(), scratch.data_ptr(), threads
-        )
+        C_.bitlinear_dx(*place, sizes, weight.data_ptr(), gamma.data_ptr(), dx.data_ptr(), scratch.data_ptr(), threads)
     if norm_weight is not None and (wants_x or wants_norm):
         assert x is not None
         x = contiguous_rows(x)

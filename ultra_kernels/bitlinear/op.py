@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._dispatch import Op
+from .. import _native
+from .._dispatch import Op, define_differentiable, triton_why_not
 from . import reference
 
-OP = Op("bitlinear", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+
+def _one_device(why_not: Callable[[torch.Tensor], str | None]) -> Callable[..., str | None]:
+    """The reasons of `why_not`, and tensors of other dtypes than kernels read, on another device, or empty."""
+
+    def limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+        if (reason := why_not(x)) is not None:
+            return reason
+        for t in (x, *tensors):
+            if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                return f"the kernels take float32, bfloat16 and float16, not {t.dtype}; backend='reference' does"
+            if t is not None and t.device != x.device:
+                return f"x is on {x.device}, another tensor on {t.device}; move it there"
+            if t is not None and t is not x and not t.numel():
+                return "the weight is empty"
+        return None
+
+    return limits
+
+
+OP = Op(
+    "bitlinear",
+    __package__,
+    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
+    {"triton": _one_device(triton_why_not), "native": _one_device(_native.why_not)},
+)
 
 
 def bitlinear(
@@ -43,8 +70,12 @@ def bitlinear(
             raise ValueError(f"bitlinear: {name} has shape {tuple(p.shape)}; it must be ({n},)")
     if scale not in ("mean", "median"):
         raise ValueError(f"bitlinear: scale {scale!r} is unknown; it must be 'mean' or 'median'")
-    OP.choose(backend, x)
-    return reference.bitlinear(x, weight, bias, norm_weight, scale, matmul_dtype(x))
+    chosen = OP.choose(backend, x, weight, bias, norm_weight)
+    dtype = matmul_dtype(x)
+    if chosen == "reference":
+        return reference.bitlinear(x, weight, bias, norm_weight, scale, dtype)
+    y: torch.Tensor = _forward(x, weight, bias, norm_weight, scale, dtype, chosen)[0]
+    return y
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
@@ -53,3 +84,124 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+class _Quantised(NamedTuple):
+    """What became of a weight, and what tells whether it is still that weight."""
+
+    version: int
+    address: int
+    fingerprint: int
+    weight: torch.Tensor  # as the backend's products take it
+    gamma: torch.Tensor
+
+
+_quantised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (scale, backend) -> _Quantised
+
+
+def _quantise(weight: torch.Tensor, scale: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_weight` of the backend's file, once per value of a weight.
+
+    A tensor counts the writes to it, except those through `.data`, which a backend's `fingerprint` may see. The graph
+    of a capture has to quantise for itself: it is replayed when the weight has other values.
+    """
+    module = OP.module(backend)
+    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        found: tuple[torch.Tensor, torch.Tensor] = module.quantize_weight(weight, scale)
+        return found
+    fingerprint = module.fingerprint(weight) if hasattr(module, "fingerprint") else 0
+    now = weight._version, weight.data_ptr(), fingerprint
+    kept = _quantised.get(weight)
+    if kept is None:
+        kept = _quantised[weight] = {}
+    entry = kept.get((scale, backend))
+    if entry is None or entry[:3] != now:
+        with torch.inference_mode(False), torch.no_grad():  # what is kept also serves calls outside inference mode
+            entry = kept[scale, backend] = _Quantised(*now, *module.quantize_weight(weight, scale))
+    return entry.weight, entry.gamma
+
+
+def _forward_op(x, weight, bias, norm_weight, scale, dtype, backend):  # type: ignore[no-untyped-def]
+    (N, K), quantised = weight.shape, _quantise(weight, scale, backend)
+    y, *kept = OP.module(backend).forward(x.reshape(-1, K), *quantised, N, bias, norm_weight, dtype)
+    return y.view(*x.shape[:-1], N), *kept
+
+
+def _forward_fake(x, weight, bias, norm_weight, scale, dtype, backend):  # type: ignore[no-untyped-def]
+    (N, K), M = weight.shape, x.shape[:-1].numel()
+    return (
+        x.new_empty(*x.shape[:-1], N, dtype=dtype),
+        x.new_empty(M, K, dtype=torch.int8),
+        x.new_empty(M, dtype=torch.float32),
+        x.new_empty(0 if norm_weight is None else M, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, bias, norm_weight, ctx.scale, _, ctx.backend = inputs
+    _, codes, step, rstd = output
+    ctx.mark_non_differentiable(codes, step, rstd)
+    wants_x, wants_weight, _, wants_norm, *_ = ctx.needs_input_grad
+    norm = norm_weight is not None and (wants_x or wants_norm)
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(
+        *((codes, step) if wants_weight else (None, None)),
+        *((rstd, x, norm_weight) if norm else (None, None, None)),
+        weight,
+    )
+
+
+def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    codes, step, rstd, x, norm_weight, weight = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:4])
+    found = _backward(grad, codes, step, rstd, x, norm_weight, weight, ctx.scale, ctx.x_dtype, wants, ctx.backend)
+    dx, dweight, dbias, dnorm_weight = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
+    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+    return dx, dweight, dbias, dnorm_weight, None, None, None
+
+
+def _backward_op(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, backend):  # type: ignore[no-untyped-def]
+    (N, K), none = weight.shape, grad.new_empty(0, dtype=torch.float32)
+    dx, dweight, dbias, dnorm_weight = OP.module(backend).backward(
+        grad.reshape(-1, N).contiguous(),
+        none.to(torch.int8) if codes is None else codes,
+        *(none if t is None else t for t in (step, rstd)),
+        None if x is None else x.reshape(-1, K),
+        *_quantise(weight, scale, backend),
+        weight.shape,
+        norm_weight,
+        wants,
+    )
+    return (
+        dx.to(x_dtype).view(*grad.shape[:-1], K) if wants[0] else grad.new_empty(0, dtype=x_dtype),
+        dweight.to(weight.dtype),
+        dbias.float(),
+        dnorm_weight if norm_weight is None else dnorm_weight.to(norm_weight.dtype),
+    )
+
+
+def _backward_fake(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, backend):  # type: ignore[no-untyped-def]
+    N, K = weight.shape
+    return (
+        grad.new_empty((*grad.shape[:-1], K) if wants[0] else 0, dtype=x_dtype),
+        weight.new_empty((N, K) if wants[1] else 0),
+        grad.new_empty(N if wants[2] else 0, dtype=torch.float32),
+        weight.new_empty(K if wants[3] else 0, dtype=torch.float32 if norm_weight is None else norm_weight.dtype),
+    )
+
+
+_forward, _backward = define_differentiable(
+    # y, and for the backward: the codes of x as int8 [M,K], their step [M], with a norm its factor [M], else empty
+    "bitlinear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, str scale, ScalarType dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    # dx, dweight, dbias in float32, dnorm_weight; empty where not wanted. Codes and step for dweight alone; rstd, x and
+    # norm_weight with a norm alone
+    "bitlinear_backward(Tensor grad, Tensor? codes, Tensor? step, Tensor? rstd, Tensor? x, Tensor? norm_weight, "
+    "Tensor weight, str scale, ScalarType x_dtype, bool[] wants, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=_forward_op,
+    forward_fake=_forward_fake,
+    backward=_backward_op,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)

@@ -19,9 +19,7 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int])
     x = contiguous_rows(x)
     y = torch.empty((M, N), dtype=torch.int32)
     scratch = torch.empty(C_.ternary_scratch(M, K), dtype=torch.uint8)
-    C_.ternary_matmul(
-        x.data_ptr(), x.stride(0), (M, N, K), codes.data_ptr(), y.data_ptr(), scratch.data_ptr(), threads
-    )
+    C_.ternary_matmul(x.data_ptr(), x.stride(0), (M, N, K), codes.data_ptr(), y.data_ptr(), scratch.data_ptr(), threads)
     return y
 
 

@@ -7,23 +7,57 @@ from typing import Literal
 
 import torch
 
-from .. import _native
-from .._dispatch import Op, define_without_gradient
+from .. import _cuda, _native
+from .._dispatch import Op, define_constant, full_precision, triton_why_not
 from . import reference
 
-_ORDER = {"cuda": ("reference",), "cpu": ("native", "reference")}
+MAX_M = 8  # rows of x that the CUDA kernels take; with more, tensor cores are faster
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _native_matmul_why_not(x: torch.Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"the C++ kernels run on the CPU, this tensor is on {x.device.type}"
-    reason: str | None = _native.missing_constant()
-    return reason
+def _cuda_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+    """The reasons of _cuda.why_not, and more rows than its kernels take."""
+    if (reason := _cuda.why_not(x, dtypes=(*_FLOATS, torch.int8))) is not None:
+        return reason
+    if (rows := x.shape[:-1].numel()) > MAX_M:
+        return f"the CUDA kernels take up to {MAX_M} rows, x has {rows}"
+    return _elsewhere(x, *tensors)
 
 
-QUANTIZE = Op("quantize_ternary", __package__, _ORDER, {"native": _native.why_not})
-MATMUL = Op("ternary_matmul", __package__, _ORDER, {"native": _native_matmul_why_not})
-LINEAR = Op("ternary_linear", __package__, _ORDER, {"native": _native.why_not})
+def _triton_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+    """The reasons of triton_why_not, and dtypes that the kernels are not made for."""
+    if (reason := triton_why_not(x)) is not None:
+        return reason
+    if x.dtype not in (*_FLOATS, torch.int8):
+        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}; backend='reference' computes in it"
+    return _elsewhere(x, *tensors)
+
+
+def _native_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+    """The reasons of _native.why_not, where x may be int8 too."""
+    return _native.why_not(x, dtypes=(*_FLOATS, torch.int8)) or _elsewhere(x, *tensors)
+
+
+def _elsewhere(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+    """A tensor on another device, or a bias of another dtype, than kernels read."""
+    for t in tensors:
+        if t is not None and t.device != x.device:
+            return f"x is on {x.device}, another tensor on {t.device}; move it there"
+        if t is not None and t.is_floating_point() and t.dtype not in _FLOATS:
+            return f"the kernels take a bias of float32, bfloat16 or float16, not {t.dtype}"
+    return None
+
+
+_PRODUCTS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")}
+_LIMITS = {"cuda": _cuda_limits, "triton": _triton_limits, "native": _native_limits}
+QUANTIZE = Op(
+    "quantize_ternary",
+    __package__,
+    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
+    {"triton": _triton_limits, "native": _native_limits},
+)
+MATMUL = Op("ternary_matmul", __package__, _PRODUCTS, _LIMITS)
+LINEAR = Op("ternary_linear", __package__, _PRODUCTS, _LIMITS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +91,11 @@ def quantize_ternary(
         raise ValueError(f"quantize_ternary: weight has shape {tuple(weight.shape)}; it must be (N, K), not empty")
     if scale not in ("mean", "median"):
         raise ValueError(f"quantize_ternary: scale {scale!r} is unknown; it must be 'mean' or 'median'")
-    return _quantize_op(weight, scale, QUANTIZE.choose(backend, weight))  # type: ignore[no-any-return]
+    chosen = QUANTIZE.choose(backend, weight)
+    if chosen == "reference":
+        return reference.quantize_ternary(weight.detach(), scale)
+    codes, gamma = _quantize(weight, scale, chosen)
+    return codes, gamma
 
 
 def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
@@ -93,7 +131,12 @@ def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | Non
     K = packed.shape[1]
     if x.dtype != torch.int8 or x.ndim != 2 or x.shape[1] != K:
         raise ValueError(f"ternary_matmul: x is {x.dtype} {tuple(x.shape)}; it must be int8 (M, {K})")
-    return _matmul_op(x, packed.codes, packed.shape, MATMUL.choose(backend, x))  # type: ignore[no-any-return]
+    chosen = MATMUL.choose(backend, x, packed.codes)
+    if chosen == "reference":
+        with full_precision(x):
+            return reference.ternary_matmul(x, packed.codes, packed.shape)
+    y: torch.Tensor = _matmul(x, packed.codes, packed.shape, chosen)
+    return y
 
 
 def ternary_linear(
@@ -110,41 +153,29 @@ def ternary_linear(
         raise ValueError(f"ternary_linear: x has shape {tuple(x.shape)}; its last axis must be {K}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"ternary_linear: bias has shape {tuple(bias.shape)}; it must be ({N},)")
-    chosen = LINEAR.choose(backend, x)
-    return _linear_op(x, packed.codes, packed.scale, packed.shape, bias, chosen)  # type: ignore[no-any-return]
-
-
-def _quantize(weight: torch.Tensor, scale: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    result: tuple[torch.Tensor, torch.Tensor] = QUANTIZE.module(backend).quantize_ternary(weight, scale)
-    return result
-
-
-def _matmul(x: torch.Tensor, codes: torch.Tensor, shape: list[int], backend: str) -> torch.Tensor:
-    y: torch.Tensor = MATMUL.module(backend).ternary_matmul(x, codes, tuple(shape))
+    chosen = LINEAR.choose(backend, x, packed.codes, packed.scale, bias)
+    if chosen == "reference":
+        with torch.no_grad(), full_precision(x):
+            return reference.ternary_linear(x, packed.codes, packed.scale, packed.shape, bias)
+    y: torch.Tensor = _linear(x, packed.codes, packed.scale, packed.shape, bias, chosen)
     return y
 
 
-def _linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: list[int], bias: torch.Tensor | None, backend: str
-) -> torch.Tensor:
-    y: torch.Tensor = LINEAR.module(backend).ternary_linear(x, codes, scale, tuple(shape), bias)
-    return y
-
-
-_quantize_op = define_without_gradient(
+_quantize = define_constant(
     "quantize_ternary(Tensor weight, str scale, str backend) -> (Tensor, Tensor)",
-    _quantize,
+    lambda *args: QUANTIZE.module(args[-1]).quantize_ternary(*args[:-1]),
     lambda weight, scale, backend: (
-        weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty((), dtype=torch.float32),
+        weight.new_empty(weight.shape, dtype=torch.int8),
+        weight.new_empty((), dtype=torch.float32),
     ),
-)  # fmt: skip
-_matmul_op = define_without_gradient(
-    "ternary_matmul(Tensor x, Tensor codes, int[] shape, str backend) -> Tensor",
-    _matmul,
-    lambda x, codes, shape, backend: x.new_empty((x.shape[0], shape[0]), dtype=torch.int32),
 )
-_linear_op = define_without_gradient(
+_matmul = define_constant(
+    "ternary_matmul(Tensor x, Tensor codes, int[] shape, str backend) -> Tensor",
+    lambda *args: MATMUL.module(args[-1]).ternary_matmul(*args[:-1]),
+    lambda x, codes, shape, backend: x.new_empty(x.shape[0], shape[0], dtype=torch.int32),
+)
+_linear = define_constant(
     "ternary_linear(Tensor x, Tensor codes, Tensor scale, int[] shape, Tensor? bias, str backend) -> Tensor",
-    _linear,
-    lambda x, codes, scale, shape, bias, backend: x.new_empty((*x.shape[:-1], shape[0])),
+    lambda *args: LINEAR.module(args[-1]).ternary_linear(*args[:-1]),
+    lambda x, codes, scale, shape, *args: x.new_empty(*x.shape[:-1], shape[0]),
 )

@@ -160,6 +160,12 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
+inline int __float2int_rn(float x) { return x != x ? 0 : (int)nearbyintf(x); }
+inline int __dp4a(int a, int b, int c) {  // wraps around
+    unsigned sum = (unsigned)c;
+    for (int shift = 0; shift < 32; shift += 8) sum += (unsigned)((int8_t)(a >> shift) * (int8_t)(b >> shift));
+    return (int)sum;
+}
 inline void __stwb(uint4* p, uint4 x) { *p = x; }
 
 // ---- host ---------------------------------------------------------------------------------------------------------
