@@ -303,7 +303,7 @@ def test_every_layer_states_its_contract() -> None:
     for name in layers.__all__:
         layer = getattr(layers, name)
         parameters = inspect.signature(layer.__init__).parameters
-        if name != "PackedBitLinear":  # made from a layer
+        if name not in ("PackedBitLinear", "PackedMoE"):  # made from a layer
             assert parameters["device"].default is None and parameters["dtype"].default is None, name
             assert "reset_parameters" in dir(layer)
 

@@ -13,6 +13,8 @@ layers). Where a layer takes `linear`, that makes its projections and is called 
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -38,6 +40,7 @@ from . import (
     sigmoid_attention,
     ternary_linear,
 )
+from .moe_ffn.reference import inner, route, segments
 from .ternary import PackedTernary
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "Mamba",
     "MoE",
     "PackedBitLinear",
+    "PackedMoE",
     "RMSNorm",
     "Retention",
     "SigmoidAttention",
@@ -181,8 +185,8 @@ class PackedBitLinear(nn.Module):
 
     x `[..., in_features]`, y `[..., out_features]` in x's dtype, without gradient. The outputs are those of the
     BitLinear up to the rounding of its float product. Its state_dict is a quarter byte a weight and loads into the
-    `pack()` of any BitLinear of the same shape. Raises ValueError on a shape mismatch. After Ma et al. 2024
-    (arXiv:2402.17764).
+    `pack()` of any BitLinear of the same shape, also of one on the meta device after `to_empty`. Raises ValueError on a
+    shape mismatch. After Ma et al. 2024 (arXiv:2402.17764).
     """
 
     codes: torch.Tensor
@@ -192,9 +196,15 @@ class PackedBitLinear(nn.Module):
     def __init__(self, layer: BitLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        packed = pack_ternary(*quantize_ternary(layer.weight, scale=layer.scale))
-        self.register_buffer("codes", packed.codes)
-        self.register_buffer("scale", packed.scale)
+        weight = layer.weight
+        if weight.is_meta:  # has no values to round, only a shape
+            codes = torch.empty(_codes_shape(self.out_features, self.in_features), dtype=torch.uint8, device="meta")
+            scale = torch.empty((), device="meta")
+        else:
+            packed = pack_ternary(*quantize_ternary(weight, scale=layer.scale))
+            codes, scale = packed.codes, packed.scale
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.norm = None
         if layer.norm is not None:
@@ -600,7 +610,8 @@ class MoE(nn.Module):
     `[E, embed_dim, hidden_dim]`. forward returns (y, MoEStats), whose mean_prob and z carry gradients:
     `loss + 0.01 * moe.balance_loss(stats) + 0.001 * stats.z` balances and bounds the router. balance_bias adds the
     buffer select_bias, for balancing without a loss: call `update_select_bias(stats.counts)` after a step.
-    sub_norm: RMSNorm between activation and w_out; bitnet: ternary experts; the other options as in `moe_ffn`.
+    sub_norm: RMSNorm between activation and w_out; bitnet: ternary experts, which `pack()` stores for inference at two
+    bits a weight; the other options as in `moe_ffn`.
 
     Raises ValueError on a top_k outside 1..num_experts, an unknown activation or a shape mismatch. After Shazeer et al.
     2017 (arXiv:1701.06538), balance loss after Fedus et al. 2021 (arXiv:2101.03961).
@@ -683,11 +694,86 @@ class MoE(nn.Module):
             load = counts.float()
             self.select_bias += rate * torch.sign(load.mean() - load)
 
+    def pack(self) -> PackedMoE:
+        """This layer for inference; a copy without gradients. Raises ValueError without bitnet."""
+        return PackedMoE(self)
+
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, {self.hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"activation={self.activation!r}, gated={self.gated}"
         )
+
+
+class PackedMoE(nn.Module):
+    """y_t = Σ_e g_te w_out_e(norm(act(w_in_e(x_t)))), e over t's top_k experts: an MoE with bitnet for inference.
+
+    x, y `[..., embed_dim]`, y in x's dtype, without gradient; forward returns (y, MoEStats) as the MoE does, its router
+    and gates are the MoE's, and the outputs are equal up to the rounding of its float products. w_in and w_out hold a
+    PackedBitLinear per expert, which gets that expert's tokens alone. Its state_dict loads into the `pack()` of any MoE
+    of the same shape. Raises ValueError without bitnet or on a shape mismatch. After Shazeer et al. 2017
+    (arXiv:1701.06538), the weights after Ma et al. 2024 (arXiv:2402.17764).
+    """
+
+    select_bias: torch.Tensor | None
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        if not layer.bitnet:
+            raise ValueError("PackedMoE: the layer has float experts; make it with MoE(..., bitnet=True) to pack it")
+        self.top_k, self.activation, self.gated = layer.top_k, layer.activation, layer.gated
+        self.normalize_gates = layer.top_k > 1 if layer.normalize_gates is None else layer.normalize_gates
+        self.router = copy.deepcopy(layer.router)
+        self.sub_norm = copy.deepcopy(layer.sub_norm)
+        self.register_buffer("select_bias", None if layer.select_bias is None else layer.select_bias.detach().clone())
+        self.w_in = _pack_experts(layer.w_in, layer.b_in, layer.bitnet_scale)
+        self.w_out = _pack_experts(layer.w_out, layer.b_out, layer.bitnet_scale)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+        rows = wide(x.reshape(-1, x.shape[-1]))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            routes, stats = route(
+                rows @ wide(self.router.weight).t(), self.top_k, self.normalize_gates, self.select_bias
+            )
+            owners = segments(routes.ends)
+            h = _experts(self.w_in, rows[routes.order // self.top_k], owners)
+            h = inner(h, self.activation, self.gated, None if self.sub_norm is None else self.sub_norm.weight)
+            out = _experts(self.w_out, h, owners)[routes.inverse].unflatten(0, routes.gates.shape)
+            y = (out * routes.gates.unsqueeze(-1)).sum(1)
+        return y.to(x.dtype).view(x.shape), stats
+
+    def extra_repr(self) -> str:
+        return f"top_k={self.top_k}, activation={self.activation!r}, gated={self.gated}"
+
+
+def _pack_experts(weight: torch.Tensor, bias: torch.Tensor | None, scale: Literal["mean", "median"]) -> nn.ModuleList:
+    """A PackedBitLinear per expert, of weight `[E,N,K]` and bias `[E,N]`."""
+    packed = nn.ModuleList()
+    for e, matrix in enumerate(weight.detach()):
+        layer = BitLinear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta", scale=scale)
+        layer.weight = nn.Parameter(matrix, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias[e].detach(), requires_grad=False)
+        packed.append(layer.pack())
+    return packed
+
+
+def _experts(layers: nn.ModuleList, rows: torch.Tensor, owners: list[tuple[int, slice]]) -> torch.Tensor:
+    """Rows sorted by expert, each through its own."""
+    width: Any = layers[0].out_features
+    y = rows.new_empty(rows.shape[0], width)
+    for e, own in owners:
+        y[own] = layers[e](rows[own])
+    return y
+
+
+@functools.cache
+def _codes_shape(rows: int, columns: int) -> torch.Size:
+    """Of the codes of a packed matrix."""
+    return pack_ternary(
+        torch.zeros(rows, columns, dtype=torch.int8, device="cpu"), torch.ones(1, device="cpu")
+    ).codes.shape
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

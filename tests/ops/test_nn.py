@@ -260,6 +260,49 @@ def test_packed_bitlinear_is_the_trained_layer(norm: bool, bias: bool, tmp_path)
     assert half.scale.dtype == torch.float32 and half(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"gated": True, "bias": True, "sub_norm": True, "balance_bias": True, "activation": "gelu"},
+    {"top_k": 1, "bitnet_scale": "median"}, {"top_k": 2, "normalize_gates": False, "sub_norm": True},
+], ids=["plain", "all", "one-median", "unnormalised"])  # fmt: skip
+def test_packed_moe_is_the_trained_layer(options: dict) -> None:
+    def make(**k):
+        return layers.MoE(D, 40, 4, bitnet=True, **options, **k)
+
+    layer = moved(make, dtype=torch.float32)
+    if layer.select_bias is not None:
+        layer.select_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1]))
+    packed, x = layer.pack(), tokens(2, 30).float()
+    with torch.no_grad():
+        (y, stats), (packed_y, packed_stats) = layer(x), packed(x)
+    # float32 products of 24 and 40 terms of order 1; a rounding that falls the other way moves a whole 8-bit step
+    torch.testing.assert_close(packed_y, y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
+    assert torch.equal(packed_stats.counts, stats.counts) and int(stats.counts.min()) > 0
+    torch.testing.assert_close(packed_stats.mean_prob, stats.mean_prob)
+    assert not any(p.requires_grad for p in packed.parameters()) and not packed_y.requires_grad
+    shell = make(device="meta").pack()
+    assert all(t.is_meta for t in shell.state_dict().values())
+    shell.to_empty(device="cpu").load_state_dict(packed.state_dict())
+    assert torch.equal(shell(x)[0], packed_y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x)[0], packed_y)
+    assert shell(x[:, :0])[0].shape == (2, 0, D)
+
+
+def test_packed_moe_gives_an_expert_its_own_tokens_alone(monkeypatch) -> None:
+    layer = moved(lambda **k: layers.MoE(D, 16, 4, bitnet=True, **k), dtype=torch.float32)
+    rows: list[int] = []
+    real = layers.ternary_linear
+    monkeypatch.setattr(layers, "ternary_linear", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    _, stats = layer.pack()(tokens(1, 30).float())
+    counts = stats.counts.tolist()
+    assert sum(counts) == 60 and rows == 2 * [n for n in counts if n]
+
+
+def test_a_float_moe_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="bitnet=True"):
+        layers.MoE(D, 16, 4).pack()
+
+
 def test_projections_can_be_ternary() -> None:
     torch.manual_seed(0)
     layer = layers.Retention(D, H, linear=layers.BitLinear)

@@ -50,7 +50,7 @@ class _Take(torch.autograd.Function):
         return gathered, None, None, None
 
 
-def _segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
+def segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
     """The non-empty (expert, its rows)."""
     stops = ends.tolist()
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if b > a]
@@ -60,7 +60,7 @@ def _grouped_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
 ) -> torch.Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1])
-    for e, rows in _segments(ends):
+    for e, rows in segments(ends):
         if bias is None:
             torch.mm(x[rows], weight[e].t(), out=y[rows])
         else:
@@ -74,7 +74,7 @@ def _grouped_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)  # zeros stay where an expert had no row
     dbias = weight.new_zeros(weight.shape[:2], dtype=torch.promote_types(weight.dtype, torch.float32))
-    for e, rows in _segments(ends):
+    for e, rows in segments(ends):
         torch.mm(grad[rows], weight[e], out=dx[rows])
         torch.mm(grad[rows].t(), x[rows], out=dweight[e])
         torch.sum(grad[rows], 0, dtype=dbias.dtype, out=dbias[e])
@@ -127,6 +127,35 @@ def moe_ffn(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, MoEStats]:
     """`dtype` is that of the matrix products and of y; bitnet_scale None: experts in full precision."""
+    routes, stats = route(router_logits, top_k, normalize_gates, select_bias)
+
+    def expert_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if bitnet_scale is not None:
+            # One scale per expert: the weights are quantised matrix by matrix.
+            weight = torch.stack([fake_quantize_weight(w, bitnet_scale, dtype) for w in weight.unbind(0)])
+            rows = fake_quantize_tokens(rows, dtype)
+        return _grouped_linear(rows.to(dtype), weight.to(dtype), bias, routes.ends)
+
+    h = expert_linear(_Take.apply(x, routes.order // top_k, routes.inverse, top_k), w_in, b_in)
+    h_wide = inner(h, activation, gated, sub_norm)
+    out = _Take.apply(expert_linear(h_wide, w_out, b_out), routes.inverse, routes.order, 1)
+    y = (out.unflatten(0, routes.gates.shape) * routes.gates.unsqueeze(-1)).sum(1).to(dtype)
+    return y, stats
+
+
+class Routes(NamedTuple):
+    """gates `[T, k]`; order `[T·k]`: the pairs token · k + choice, sorted by expert; inverse `[T·k]`: where each pair
+    went; ends `[E]`: the end of each expert's rows in that order."""
+
+    gates: torch.Tensor
+    order: torch.Tensor
+    inverse: torch.Tensor
+    ends: torch.Tensor
+
+
+def route(
+    router_logits: torch.Tensor, top_k: int, normalize_gates: bool, select_bias: torch.Tensor | None
+) -> tuple[Routes, MoEStats]:
     T, E = router_logits.shape
     wide = torch.promote_types(router_logits.dtype, torch.float32)
     logits = router_logits.to(wide)
@@ -141,27 +170,19 @@ def moe_ffn(
     slots = torch.arange(T * top_k, device=order.device)
     inverse = torch.empty_like(order).scatter_(0, order, slots)
 
-    def expert_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if bitnet_scale is not None:
-            # One scale per expert: the weights are quantised matrix by matrix.
-            weight = torch.stack([fake_quantize_weight(w, bitnet_scale, dtype) for w in weight.unbind(0)])
-            rows = fake_quantize_tokens(rows, dtype)
-        return _grouped_linear(rows.to(dtype), weight.to(dtype), bias, ends)
-
-    h = expert_linear(_Take.apply(x, order // top_k, inverse, top_k), w_in, b_in)
-    act = ACTIVATIONS[activation]
-    h_wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    if gated:
-        gate, up = h_wide.chunk(2, dim=-1)
-        h_wide = act(gate) * up
-    else:
-        h_wide = act(h_wide)
-    if sub_norm is not None:
-        h_wide = rms_norm(h_wide, sub_norm)
-    out = _Take.apply(expert_linear(h_wide, w_out, b_out), inverse, order, 1).unflatten(0, (T, top_k))
-    y = (out * gates.unsqueeze(-1)).sum(1).to(dtype)
-
     tokens = max(T, 1)
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     z = logits.logsumexp(-1).square().sum() / tokens
-    return y, MoEStats(counts, probs.sum(0) / tokens, z)
+    return Routes(gates, order, inverse, ends), MoEStats(counts, probs.sum(0) / tokens, z)
+
+
+def inner(h: torch.Tensor, activation: str, gated: bool, sub_norm: torch.Tensor | None) -> torch.Tensor:
+    """What stands between the two products of an expert, in promote_types(h.dtype, float32)."""
+    act = ACTIVATIONS[activation]
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    if gated:
+        gate, up = wide.chunk(2, dim=-1)
+        wide = act(gate) * up
+    else:
+        wide = act(wide)
+    return wide if sub_norm is None else rms_norm(wide, sub_norm)
