@@ -45,6 +45,13 @@ BAD = {
         ("{run} x --output vectors.txt", "name a .npy file"),
         ("{run} x --output no/such/folder/v.npy", "--output"),
     ],
+    "export": [
+        ("{run} out", "required: --format"),
+        ("{run} --format ternary", "required: OUT"),
+        ("{run} --format onnx out", "invalid choice: 'onnx'"),
+        ("nowhere --format ternary out", "no such folder"),
+        ("{run} --format ternary out", "trained without BitNet"),
+    ],
     "estimate": [("", "required: CONFIG"), ("nowhere", "no such file or preset"), ("mini model.x=1", "unknown field")],
     "verify": [("", "required: PATH"), ("nowhere", "no such folder"), ("file", "neither a run folder")],
     # these six at length in tests/data/test_commands.py

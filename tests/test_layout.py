@@ -107,6 +107,7 @@ ORDER = (
     ("ultra.config.model", "ultra.config.run", "ultra.config.schema", "ultra.config.load"),
     ("ultra.data",),
     ("ultra.train",),
+    ("ultra.export",),
     ("ultra.inference", "ultra.estimate"),
     ("ultra.cli", "ultra.__main__"),
 )
@@ -171,7 +172,7 @@ def test_the_order_of_imports_is_checked() -> None:
     assert rank("ultra.train.optim") > rank("ultra.data.cache") > rank("ultra.config.load") > rank("ultra.model.block")
     assert rank("ultra.model.block") > rank("ultra.mixers.ode") > rank("ultra.norms.derf") > rank("ultra.layers.linear")
     assert rank("ultra.layers.linear") > rank("ultra.config.fields") == rank("ultra.config") == rank("ultra.errors")
-    assert rank("ultra.doctor") == rank("ultra.estimate") < rank("ultra.cli")
+    assert rank("ultra.export.ternary") < rank("ultra.doctor") == rank("ultra.estimate") < rank("ultra.cli")
     found = dict(imports(ROOT / "ultra_kernels" / "bidirectional_scan" / "op.py"))
     assert {"ultra_kernels._dispatch", "ultra_kernels.selective_scan.op", "torch"} <= found.keys()
 
@@ -311,12 +312,13 @@ def test_every_layer_states_its_contract() -> None:
 def test_entry_points_of_ultra_state_their_contract() -> None:
     import ultra
     from ultra.config import load_config
+    from ultra.export import save_ternary
     from ultra.inference import Pipeline
     from ultra.model import Encoder, build_model
     from ultra.train import train
 
     methods = Encoder.forward, Pipeline.fill_mask, Pipeline.embed, Pipeline.evaluate
-    for function in (ultra.load, load_config, build_model, train, *methods):
+    for function in (ultra.load, ultra.load_ternary, save_ternary, load_config, build_model, train, *methods):
         text = function.__doc__ or ""
         assert len(text.split()) >= 15 and "Raises" in text, function.__qualname__
         for parameter in inspect.signature(function).parameters:

@@ -74,6 +74,14 @@ def embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    from ultra.export import save_ternary
+    from ultra.inference import load
+
+    print(save_ternary(load(args.run, args.which, device="cpu"), args.out))
+    return 0
+
+
 def data_inspect(args: argparse.Namespace) -> int:
     from ultra.config import load_config
 
@@ -267,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(rest="overrides")
 
     def run_arguments(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("run", metavar="RUN", type=Path, help="a run folder or one of its checkpoints")
+        sub.add_argument("run", metavar="RUN", type=Path, help="a run folder, one of its checkpoints, or an export")
         sub.add_argument(
             "--which",
             choices=["latest", "best"],
@@ -297,6 +305,15 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(rest="text")
     sub.add_argument("--input", type=Path, metavar="FILE", help="one text a line")
     sub.add_argument("--output", type=Path, metavar="FILE", help=".npy file; default: JSON lines on stdout")
+    sub = command("export", export, "write a trained model in another form")
+    run_arguments(sub)
+    sub.add_argument(
+        "--format",
+        choices=["ternary"],
+        required=True,
+        help="ternary: BitNet's weights at 2 bits each, for ultra itself",
+    )
+    sub.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
     data = commands.add_parser("data", help="look at the data of a configuration, or prepare it")
     about = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     sub = command("inspect", data_inspect, "counts, lengths, duplicates, waste and decoded masked samples", about)

@@ -16,6 +16,7 @@ from ultra.config.run import RunConfig
 from ultra.data import Batch, open_data
 from ultra.data.tokenizer import Vocabulary, load_tokenizer
 from ultra.errors import UserError
+from ultra.export.ternary import linear_bytes, read_model
 from ultra.model import Encoder, build_model
 from ultra.train import checkpoint
 from ultra.train.evaluation import evaluate
@@ -29,7 +30,7 @@ Which = Literal["latest", "best"]
 
 
 def load(path: str | Path, which: Which = "latest", device: str = "auto") -> Pipeline:
-    """The model of a run folder, or of one checkpoint folder, ready for use.
+    """The model of a run folder, of one checkpoint folder or of an export, ready for use.
 
     which: of a run folder, the newest whole checkpoint, or the one with the lowest held-out loss; damaged ones
     are passed over. device: auto, cpu, cuda or mps. Raises UserError where there is no whole checkpoint.
@@ -40,10 +41,28 @@ def load(path: str | Path, which: Which = "latest", device: str = "auto") -> Pip
         raise UserError(f"{folder}: no {' and no '.join(missing)} beside the weights")
     cfg = load_config(folder / "config.yaml")
     vocabulary = load_tokenizer(folder)
+    if checkpoint.is_ternary(folder):
+        return Pipeline(read_model(folder, cfg), vocabulary, cfg, folder, pick_device(device))
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave the caller's stream alone
         model = build_model(cfg)
     checkpoint.copy_into(model, checkpoint.read_tensors(folder, "model.safetensors"), folder)
     return Pipeline(model, vocabulary, cfg, folder, pick_device(device))
+
+
+def load_ternary(path: str | Path, device: str = "auto") -> Pipeline:
+    """The model of an export with ternary weights, as `load` gives it too, but nothing else.
+
+    path: a folder that `ultra export --format ternary` or `ultra.export.save_ternary` wrote. device: auto, cpu, cuda
+    or mps. The matrices stay at 2 bits a weight and are multiplied in integers, everything else is float32, whatever
+    training.use_amp says. Raises UserError for a damaged folder, or another kind of one.
+    """
+    folder = find_checkpoint(Path(path), "latest")
+    if not checkpoint.is_ternary(folder):
+        raise UserError(
+            f"{path}: its weights are not ternary; `ultra export {path} --format ternary OUT` makes them so, "
+            "ultra.load takes them as they are"
+        )
+    return load(folder, device=device)
 
 
 def find_checkpoint(path: Path, which: Which) -> Path:
@@ -52,7 +71,7 @@ def find_checkpoint(path: Path, which: Which) -> Path:
         raise UserError(f"which={which!r}: it must be 'latest' or 'best'")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run folder or one of its checkpoints")
-    newest = checkpoint.resolve(path)
+    newest = checkpoint.resolve(path, ternary=True)
     if which == "latest" or newest == path:
         return newest
     best = sorted(checkpoint.read_state(newest)["best"])
@@ -75,9 +94,10 @@ class Pipeline:
     ) -> None:
         self.model = model.to(device).eval()
         self.vocabulary, self.cfg, self.folder, self.device = vocabulary, cfg, folder, device
-        # As in training, except that a CPU has no fp16.
+        # As in training, except that a CPU has no fp16, and that integer products gain nothing from half precision.
         fp16_on_cpu = device.type == "cpu" and cfg.training.amp_dtype == "fp16"
-        self.dtype = None if fp16_on_cpu else amp_dtype(cfg.training, device)
+        packed = linear_bytes(model)[0] > 0
+        self.dtype = None if fp16_on_cpu or packed else amp_dtype(cfg.training, device)
 
     @property
     def max_tokens(self) -> int:

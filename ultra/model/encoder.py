@@ -150,7 +150,8 @@ class Encoder(Component):
 
     def auxiliary_loss(self, stats: list[MoEStats], like: torch.Tensor) -> torch.Tensor:
         experts = [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEFFN)]
-        losses = [experts[i % len(experts)].auxiliary_loss(s) for i, s in enumerate(stats)]
+        # (an exported model's experts are packed and have no loss)
+        losses = [experts[i % len(experts)].auxiliary_loss(s) for i, s in enumerate(stats) if experts]
         return torch.stack(losses).mean() if losses else like.new_zeros((), dtype=torch.float32)
 
     def update_moe_bias(self, moe_stats: Sequence[MoEStats]) -> None:

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +26,11 @@ from ultra.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+TERNARY = "ternary-1"  # of a folder that `ultra export --format ternary` wrote (ultra/export)
+NEEDED = {
+    FORMAT: {"model.safetensors", "state.json", "config.yaml"},
+    TERNARY: {"model.safetensors", "config.yaml", "tokenizer.json"},
+}
 _STEP = re.compile(r"step-(\d{8,})")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a manifest must not reach outside its own folder
 
@@ -62,7 +67,9 @@ def save(
     clean(run_dir)
     temporary = root / f".tmp-{target.name}"
     try:
-        _write(temporary, model, optimizer, state, config, tokenizer)
+        tensors = {"model.safetensors": model, "optimizer.safetensors": optimizer}
+        texts = {"state.json": json.dumps(state, indent=1, allow_nan=False)}
+        write(temporary, tensors, {**texts, "config.yaml": config, "tokenizer.json": tokenizer})
     except OSError:  # a full disk: give back what the attempt took
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -74,35 +81,30 @@ def save(
     return target
 
 
-def _write(
-    path: Path,
-    model: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: dict[str, Any],
-    config: str,
-    tokenizer: str,
-) -> None:
+def write(path: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], form: int | str = FORMAT) -> None:
+    """A new folder of these files and, last, their manifest; all of it on disk on return. Raises OSError."""
     path.mkdir()
-    for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+    for name, held in tensors.items():
         try:
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path / name)
+            # in the file too, so that weights without their manifest are not taken for others
+            metadata = {"format": form} if isinstance(form, str) else None
+            save_file({key: t.detach().cpu().contiguous() for key, t in held.items()}, path / name, metadata)
         except SafetensorError as error:  # how it reports a full disk
             raise OSError(f"{path / name}: {error}") from error
-    (path / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-    (path / "config.yaml").write_text(config, encoding="utf-8")
-    (path / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    for name, text in texts.items():
+        (path / name).write_text(text, encoding="utf-8")
     files = sorted(path.iterdir())
     for file in files:
         _sync(file)
     entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = path / "manifest.json"
-    manifest.write_text(_manifest_text(entries), encoding="utf-8")
+    manifest.write_text(_manifest_text(entries, form), encoding="utf-8")
     _sync(manifest)
     _sync(path)
 
 
-def _manifest_text(entries: dict[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, "files": entries}, indent=1)
+def _manifest_text(entries: dict[str, Any], form: int | str) -> str:
+    return json.dumps({"format": form, "files": entries}, indent=1)
 
 
 def clean(run_dir: Path) -> None:
@@ -118,8 +120,9 @@ def damage(path: Path) -> str | None:
     try:
         text = (path / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this version reads {FORMAT}"
+        form = manifest["format"]
+        if form not in NEEDED:
+            return f"its format is {form}, this version reads {' and '.join(map(str, NEEDED))}"
         for name, entry in manifest["files"].items():
             if not _PLAIN.fullmatch(name) or (path / name).is_symlink():
                 return f"its manifest names {name!r}, which is not a plain file of the folder"
@@ -127,9 +130,9 @@ def damage(path: Path) -> str | None:
                 return f"{name} has {size} bytes, not {entry['size']}"
             if _sha256(path / name) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-        if missing := {"model.safetensors", "state.json", "config.yaml"} - set(manifest["files"]):
+        if missing := NEEDED[form] - set(manifest["files"]):
             return f"its manifest lacks {', '.join(sorted(missing))}"
-        if text != _manifest_text(manifest["files"]):  # white space: JSON reads it alike
+        if text != _manifest_text(manifest["files"], form):  # white space: JSON reads it alike
             return "manifest.json is not as it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest or a file of it cannot be read ({type(error).__name__}: {error})"
@@ -186,10 +189,11 @@ def set_aside_after(run_dir: Path, step: int) -> None:
             log.info("set aside %s: the run goes on from step %d", aside, step)
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: Path, *, ternary: bool = False) -> Path:
     """The folder with weights that a path means: a checkpoint, a run's latest one, or an exported model.
 
-    Raises CheckpointError when there is none, or when a checkpoint is damaged.
+    ternary: whether an export with ternary weights will do, which nothing can train. Raises CheckpointError when there
+    is none, or when a checkpoint is damaged.
     """
     if (path / "checkpoints").is_dir():
         found = latest(path)
@@ -200,11 +204,25 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: neither a run folder (checkpoints/) nor a checkpoint or exported model (model.safetensors)"
         )
-    # An exported folder has neither of these two; a checkpoint that lost its manifest is damaged.
+    # A folder of weights alone has neither of these two; a checkpoint that lost its manifest is damaged.
     is_checkpoint = (path / "manifest.json").exists() or (path / "state.json").exists()
-    if is_checkpoint and (reason := damage(path)):
+    packed = is_ternary(path)
+    if (is_checkpoint or packed) and (reason := damage(path)):
         raise CheckpointError(f"{path}: {reason}")
+    if packed and not ternary:
+        raise CheckpointError(
+            f"{path}: exported with ternary weights, which cannot be trained; give the run it was exported from"
+        )
     return path
+
+
+def is_ternary(path: Path) -> bool:
+    """Whether the weights of a folder are an export with ternary weights, of whatever version."""
+    try:
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            return str((file.metadata() or {}).get("format")).startswith("ternary-")
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -239,7 +257,10 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
 
 
 def copy_into(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    own = model_tensors(model)
+    copy_tensors(model_tensors(model), tensors, source)
+
+
+def copy_tensors(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:
     wrong = [
         f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
         for name in own

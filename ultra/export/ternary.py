@@ -1,0 +1,120 @@
+"""A BitNet model with its matrices at 2 bits a weight.
+
+The folder holds model.safetensors, config.yaml, tokenizer.json and manifest.json with their checksums. Of every
+BitLinear and of every expert's matrices the weights are stored as the codes and scale of a PackedBitLinear, everything
+else in float32 as trained: parameters, and the buffers too, which a model built without storage does not compute.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ultra.config import RunConfig
+from ultra.errors import UserError
+from ultra.model import Encoder, build_model
+from ultra.train import checkpoint
+from ultra_kernels.nn import BitLinear, MoE, PackedBitLinear
+
+if TYPE_CHECKING:
+    from ultra.inference import Pipeline
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote; bytes of the ternary matrices, packed and as float32, and of the whole folder."""
+
+    folder: Path
+    matrices: int
+    packed_bytes: int
+    float_bytes: int
+    disk_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.disk_bytes / 2**20:.1f} MiB on disk\n"
+            f"{self.matrices} ternary matrices: {self.packed_bytes:,} bytes, {self.float_bytes:,} in float32 "
+            f"(1/{self.float_bytes / self.packed_bytes:.1f})"
+        )
+
+
+def save_ternary(pipeline: Pipeline, out: str | Path) -> Exported:
+    """Write the model of a pipeline with ternary weights; `ultra.load_ternary` reads it.
+
+    out: a folder that is new or empty; it is there as a whole or not at all. Raises UserError for a model trained
+    without use_bitnet, or where `out` cannot be written.
+    """
+    out = Path(out)
+    layers = ternary_layers(pipeline.model)
+    if not layers:
+        again = checkpoint.is_ternary(pipeline.folder)
+        why = "is exported already" if again else "was trained without BitNet; train it with model.use_bitnet=true"
+        raise UserError(f"{pipeline.folder}: there are no weights to make ternary: the model {why}")
+    tensors, matrices, packed_bytes, float_bytes = every_tensor(pipeline.model), 0, 0, 0
+    for name, layer in layers.items():
+        packed = layer.pack()
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{name}.")}
+        tensors |= {f"{name}.{key}": t for key, t in packed.state_dict().items()}
+        sizes = linear_bytes(packed)
+        matrices, packed_bytes, float_bytes = matrices + sizes[0], packed_bytes + sizes[1], float_bytes + sizes[2]
+    texts = {"config.yaml": pipeline.cfg.to_yaml(), "tokenizer.json": pipeline.vocabulary.tokenizer.to_str()}
+    write_folder(out, {"model.safetensors": tensors}, texts)
+    disk_bytes = sum(file.stat().st_size for file in out.iterdir())
+    return Exported(out, matrices, packed_bytes, float_bytes, disk_bytes)
+
+
+def write_folder(out: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
+    """The folder `out`, through a temporary one beside it. Raises UserError."""
+    temporary = out.parent / f".tmp-{out.name}"
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: already there; name a folder that is new or empty")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        try:
+            checkpoint.write(temporary, tensors, texts, checkpoint.TERNARY)
+            if out.exists():
+                out.rmdir()
+            temporary.rename(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None
+
+
+def read_model(folder: Path, cfg: RunConfig) -> Encoder:
+    """The packed model of an exported folder, on the CPU. Its float weights are never in memory."""
+    with torch.device("meta"):
+        model = build_model(cfg)
+    for name, layer in ternary_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.pack())
+    model.to_empty(device="cpu").requires_grad_(False)
+    checkpoint.copy_tensors(every_tensor(model), checkpoint.read_tensors(folder, "model.safetensors"), folder)
+    return model
+
+
+def ternary_layers(model: nn.Module) -> dict[str, BitLinear | MoE]:
+    """Name -> layer, of those whose weights training rounds to three values."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BitLinear) or (isinstance(module, MoE) and module.bitnet)
+    }
+
+
+def every_tensor(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that a state_dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def linear_bytes(model: nn.Module) -> tuple[int, int, int]:
+    """(matrices, their bytes, their bytes in float32) of the packed layers of a model."""
+    packed = [module for module in model.modules() if isinstance(module, PackedBitLinear)]
+    stored = sum(module.codes.nbytes + module.scale.nbytes for module in packed)
+    return len(packed), stored, sum(4 * module.in_features * module.out_features for module in packed)
