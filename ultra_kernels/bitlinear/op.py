@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -128,7 +129,7 @@ def _forward_op(x, weight, bias, norm_weight, scale, dtype, backend):  # type: i
 
 
 def _forward_fake(x, weight, bias, norm_weight, scale, dtype, backend):  # type: ignore[no-untyped-def]
-    (N, K), M = weight.shape, x.shape[:-1].numel()
+    (N, K), M = weight.shape, math.prod(x.shape[:-1])  # Size.numel() would make a dynamic size a constant
     return (
         x.new_empty(*x.shape[:-1], N, dtype=dtype),
         x.new_empty(M, K, dtype=torch.int8),

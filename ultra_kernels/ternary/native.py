@@ -34,7 +34,7 @@ def ternary_linear(
 def quantize_rows(
     x: torch.Tensor, norm_weight: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes int8 `[M, width]`, zero from K on, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
+    """(codes int8 `[M, width]`, 0 from K on, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
     M, K = x.shape
     x = contiguous_rows(x)
     codes = torch.empty((M, width), dtype=torch.int8)
@@ -64,8 +64,8 @@ def product(
     scratch = torch.empty(C_.ternary_scratch(M, K), dtype=torch.uint8)
     bias = None if bias is None else bias.float().contiguous()
     C_.ternary_product(
-        codes.data_ptr(), codes.stride(0), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(), address(bias),
-        y.data_ptr(), DTYPES[dtype], scratch.data_ptr(), threads,
+        codes.data_ptr(), codes.stride(0), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(),
+        address(bias), y.data_ptr(), DTYPES[dtype], scratch.data_ptr(), threads,
     )  # fmt: skip
     return y
 

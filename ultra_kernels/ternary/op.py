@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +20,7 @@ def _cuda_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
     """The reasons of _cuda.why_not, and more rows than its kernels take."""
     if (reason := _cuda.why_not(x, dtypes=(*_FLOATS, torch.int8))) is not None:
         return reason
-    if (rows := x.shape[:-1].numel()) > MAX_M:
+    if (rows := math.prod(x.shape[:-1])) > MAX_M:
         return f"the CUDA kernels take up to {MAX_M} rows, x has {rows}"
     return _elsewhere(x, *tensors)
 
@@ -99,7 +100,7 @@ def quantize_ternary(
 
 
 def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
-    """Four weights a byte, in the panels that `PackedTernary` describes.
+    """byte = Σ_s (code_s + 1) · 4^s, s from 0 to 3: four weights a byte, in the panels that `PackedTernary` describes.
 
     codes int8 `[N, K]` in {−1, 0, 1}, scale one element; returns PackedTernary(codes uint8 `[ceil(N/16), ceil(K/16),
     64]`, scale float32 `[]`, shape). Raises ValueError for another dtype or shape, or a code outside −1..1. Weights
@@ -115,7 +116,7 @@ def pack_ternary(codes: torch.Tensor, scale: torch.Tensor) -> PackedTernary:
 
 
 def unpack_ternary(packed: PackedTernary) -> tuple[torch.Tensor, torch.Tensor]:
-    """The (codes int8 `[N, K]`, scale float32 `[]`) that `pack_ternary` was given.
+    """code_s = (byte // 4^s) mod 4 − 1: the (codes int8 `[N, K]`, scale float32 `[]`) that `pack_ternary` was given.
 
     Raises nothing for what `pack_ternary` returned. Weights after Ma et al. 2024 (arXiv:2402.17764).
     """
