@@ -198,7 +198,7 @@ static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* c
     for (; k + kLanes <= K; k += kLanes) largest(at(k));
     if (k < K) largest(part(k, (int)(K - k)));
     const float found = largest.value(), absmax = found < 1e-5f ? 1e-5f : found;
-    const float inverse = 127.0f / absmax;
+    const float inverse = 1.0f / absmax * 127.0f;  // as torch has 127 / absmax
     for (k = 0; k + kLanes <= K; k += kLanes) store_bytes(codes + k, round_to_int(at(k) * inverse), kLanes);
     if (k < K) store_bytes(codes + k, round_to_int(part(k, (int)(K - k)) * inverse), (int)(K - k));
     memset(codes + K, 0, row - K);

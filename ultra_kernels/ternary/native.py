@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .._native import DTYPES, address, contiguous_rows, load
@@ -27,7 +29,7 @@ def ternary_linear(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     N, K = shape
-    quantised, step, _ = quantize_rows(x.reshape(-1, K), None, (K + 15) // 16 * 16)
+    quantised, step, _ = quantize_rows(x.reshape(math.prod(x.shape[:-1]), K), None, (K + 15) // 16 * 16)
     return product(quantised, step, codes, scale, shape, bias, x.dtype).view(*x.shape[:-1], N)
 
 

@@ -126,7 +126,7 @@ def unpack_ternary(packed: PackedTernary) -> tuple[torch.Tensor, torch.Tensor]:
 def ternary_matmul(x: torch.Tensor, packed: PackedTernary, *, backend: str | None = None) -> torch.Tensor:
     """y = x · codesᵀ in int32, exact on every backend; the scale is left to the caller.
 
-    x int8 `[M, K]`, packed `[N, K]`; returns int32 `[M, N]`. M, N and K may be any size, 0 included, K below 2^24.
+    x int8 `[M, K]`, packed `[N, K]`; returns int32 `[M, N]`. M, N and K may be any size, 0 included, K below 2^23.
     Raises ValueError on another dtype or shape, BackendUnavailable. After Ma et al. 2024 (arXiv:2402.17764).
     """
     K = packed.shape[1]
