@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ultra_kernels
-from bench.limits import least_seconds
-from bench.peers import PEERS
+from bench.limits import limits
+from bench.peers import PEERS, PREPARED
 from bench.timing import measure
 from ultra_kernels._dispatch import OPS
 from ultra_kernels._testing import Case, cases
@@ -74,8 +74,11 @@ def test_op(
     function = implementation(name, backend, dtype, pytestconfig.getoption("--ultra-compile"))
     inputs = case.inputs(dtype, DEVICE)
     leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    nbytes, flops, exps = case.elements * dtype.itemsize, case.flops, case.exps
+    nbytes, flops, exps = case.nbytes(dtype), case.flops, case.exps
+    int8_ops = flops if case.int8 else 0  # of the forward alone
     try:
+        if backend in PREPARED and "packed" in inputs:
+            inputs["packed"] = PREPARED[backend](inputs["packed"], dtype)
         outputs = differentiable(function(**inputs))
     except (ImportError, NotImplementedError) as error:
         pytest.skip(str(error))
@@ -97,11 +100,13 @@ def test_op(
                 function(**inputs)
 
     timing = measure(call, DEVICE, pytestconfig.getoption("--ultra-seconds"))
-    least, limit = least_seconds(nbytes, flops, exps, DEVICE, dtype)
+    least = limits(nbytes, flops - int8_ops, exps, DEVICE, dtype, int8_ops)
+    limit = next(iter(least))
     record_cell(
         {
             "op": name, "backend": backend, "case": case.name, "dtype": str(dtype)[6:], "mode": mode, "device": DEVICE,
             "ms": timing.median * 1e3, "min_ms": timing.best * 1e3, "rounds": timing.rounds,
-            "bytes": nbytes, "flops": flops, "exps": exps, "limit": limit, "limit_ms": least * 1e3,
+            "bytes": nbytes, "flops": flops, "exps": exps, "limit": limit, "limit_ms": least[limit] * 1e3,
+            "limits_ms": {name: seconds * 1e3 for name, seconds in least.items()},
         }
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import results
-from bench.limits import copy_bandwidth, matmul_rate
+from bench.limits import cached_read_bandwidth, copy_bandwidth, int8_rate, matmul_rate
 from bench.machine import about
 
 CELLS = pytest.StashKey[list[results.Cell]]()
@@ -51,6 +51,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"{dtype} matmul {matmul_rate(device, getattr(torch, dtype)) / 1e9:.0f} GFLOP/s"
         for dtype in sorted({c["dtype"] for c in cells})
     )
+    if any("int8" in c["limits_ms"] for c in cells):
+        rates += f", int8 {int8_rate(device) / 1e9:.0f} GOP/s"
+        if device == "cpu" and (cached := cached_read_bandwidth()):
+            rates += f", reading a cached MiB {cached / 1e9:.0f} GB/s"
     write(f"limits of this run: copy {copy_bandwidth(device) / 1e9:.1f} GB/s, {rates}")
     unset = [name for name, value in facts["allocator"].items() if value is None]
     if device == "cpu" and unset:

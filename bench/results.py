@@ -54,14 +54,15 @@ def lines(cells: Iterable[Cell]) -> list[str]:
     rows = derived(cells)
     names = [" ".join(_group(c)) for c in rows]
     width = max(map(len, names), default=0)
-    out = [f"{'':{width}}  {'backend':13} {'ms':>9} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>12}  × others"]
+    out = [f"{'':{width}}  {'backend':13} {'ms':>9} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>20}  × others"]
     last = None
     for name, c in zip(names, rows, strict=True):
-        share = f"{c['share']:.0%} {c['limit']}"
+        limits = c.get("limits_ms", {c["limit"]: c["limit_ms"]})
+        share = ", ".join(f"{ms / c['ms']:.0%} {limit}" for limit, ms in list(limits.items())[:2])
         ratios = ", ".join(f"{ratio:.2f} {other}" for other, ratio in c["ratios"].items()) or "-"
         out.append(
             f"{name if name != last else '':{width}}  {c['backend']:13} {c['ms']:9.3f} {c['gb_per_s']:7.1f} "
-            f"{c['gflop_per_s']:8.1f} {share:>12}  {ratios}"
+            f"{c['gflop_per_s']:8.1f} {share:>20}  {ratios}"
         )
         last = name
     return out

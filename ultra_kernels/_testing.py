@@ -29,6 +29,8 @@ class Case:
     through_half: float32 results (outputs by name, gradients as d<name>) computed from intermediates that are rounded
         to the dtype under test, such as operands of a half-precision matrix product.
     elements: input and output elements that must cross memory once (bytes = elements × item size).
+    bytes_at: those bytes for an item size, where some elements have another one.
+    int8: the forward's product may be one of int8, the backward's not.
     exps: exponentials that the forward cannot do without.
     large: for the bench on a GPU alone; a comparison with float64 on the CPU would take minutes.
     refused_by: backends that do not take such a shape.
@@ -49,6 +51,11 @@ class Case:
     roundings: int = 1
     through_half: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
+    bytes_at: Callable[[int], int] | None = None
+    int8: bool = False
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return self.elements * dtype.itemsize if self.bytes_at is None else self.bytes_at(dtype.itemsize)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
         """The inputs at `dtype`, leaves with requires_grad, strides kept."""

@@ -66,6 +66,7 @@ def _case(
         elements=rows * (K + N) + N * K,
         flops=2 * rows * N * K,
         bench=bench,
+        int8=True,
     )
 
 
@@ -79,4 +80,5 @@ CASES = [
     _case("strided-T9-K40-N24", 9, 40, N=24, transposed=True),
     _case("T1500-K32-N1500", 1500, 32, N=1500),
     _case("frankenstein-T512-K1024-N2048", 512, 1024, N=2048, norm=True, bench=True),
+    _case("T512-K2048-N2048", 512, 2048, N=2048, bench=True),
 ]

@@ -32,7 +32,8 @@ def _matmul(
     # Integers: the dtype under test plays no part.
     return Case(
         name, make, reduction=K, elements=M * (K + 4 * N) + N * K // 4, flops=2 * M * N * K, bench=bench, large=large,
-        dtypes=(torch.float32,), refused_by=("cuda",) if M > MAX_M else (),
+        dtypes=(torch.float32,), bytes_at=lambda size: M * (K + 4 * N) + N * K // 4, int8=True,
+        refused_by=("cuda",) if M > MAX_M else (),
     )  # fmt: skip
 
 
@@ -56,7 +57,8 @@ def _linear(
 
     return Case(
         name, make, reduction=K, elements=M * (K + N) + N * K // 16, flops=2 * M * N * K, small=("bias",),
-        constant=("x", "bias"), bench=bench, large=large, refused_by=("cuda",) if M > MAX_M else (),
+        constant=("x", "bias"), bench=bench, large=large, bytes_at=lambda size: M * (K + N) * size + N * K // 4,
+        int8=True, refused_by=("cuda",) if M > MAX_M else (),
     )  # fmt: skip
 
 
@@ -77,6 +79,7 @@ CASES = {
         _matmul("M65-N33-K130", 65, 33, 130),
         _matmul("strided-M9-N24-K41", 9, 24, 41, transposed=True),
         _matmul("M1-N2048-K2048", 1, 2048, 2048, bench=True),
+        _matmul("M8-N2048-K2048", 8, 2048, 2048, bench=True),
         _matmul("M512-N2048-K2048", 512, 2048, 2048, bench=True),
         _matmul("M1-N13824-K2560", 1, 13824, 2560, bench=True, large=True),
     ],
@@ -91,6 +94,8 @@ CASES = {
         _linear("T70-K33-N40-bias", 70, 33, N=40, bias=True),
         _linear("strided-T5-B3-K40-N24", 5, 3, 40, N=24, transposed=True),
         _linear("M1-N2048-K2048", 1, 2048, N=2048, bench=True),
+        _linear("M8-N2048-K2048", 8, 2048, N=2048, bench=True),
+        _linear("M512-N2048-K2048", 512, 2048, N=2048, bench=True),
         _linear("M1-N13824-K2560", 1, 2560, N=13824, bench=True, large=True),
     ],
 }
