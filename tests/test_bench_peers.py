@@ -1,4 +1,4 @@
-"""The bench's peers of the ternary ops compute what the ops do."""
+"""The bench's peers of the ternary ops compute what the ops do, and its tools run."""
 
 from __future__ import annotations
 
@@ -44,3 +44,10 @@ def test_i2s_is_skipped_without_a_clone(bench_module, monkeypatch):
     i2s.library.cache_clear()
     with pytest.raises(ImportError, match="ULTRA_BITNET_CPP"):
         i2s.library()
+
+
+def test_overhead(bench_module, monkeypatch, capsys):
+    tool = bench_module("overhead")
+    monkeypatch.setattr(tool, "CALLS", 1)
+    assert tool.main(["dyt"]) == 0 and "reference" in capsys.readouterr().out
+    assert tool.main(["nothing"]) == 2 and "no such op: nothing" in capsys.readouterr().err
