@@ -284,14 +284,14 @@ PYBIND11_MODULE(_C, m) {
                                    ptr<char>(scratch), threads);
     }, Nogil());
     m.def("ternary_quantize_rows", [](Address x, int64_t x_row, int dtype, int64_t M, int64_t K, Address norm_weight,
-                                      Address codes, int64_t codes_row, Address step, Address rstd, int threads) {
+                                      Address codes, Address step, Address rstd, int threads) {
         ULTRA_PICK(ternary_quantize_rows)(in(x), x_row, dtype, K, fin(norm_weight),
-                                          {ptr<int8_t>(codes), fout(step), codes_row, M}, fout(rstd), threads);
+                                          {ptr<int8_t>(codes), fout(step), M}, fout(rstd), threads);
     }, Nogil());
-    m.def("ternary_product", [](Address codes, int64_t codes_row, Address step, Sizes n, Address weight, Address scale,
-                                Address bias, Address y, int dtype, Address scratch, int threads) {
-        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), codes_row, n[0]}, ternary_matrix(weight, n),
-                                    fin(scale), fin(bias), out(y), dtype, ptr<char>(scratch), threads);
+    m.def("ternary_product", [](Address codes, Address step, Sizes n, Address weight, Address scale, Address bias,
+                                Address y, int dtype, Address scratch, int threads) {
+        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_matrix(weight, n), fin(scale),
+                                    fin(bias), out(y), dtype, ptr<char>(scratch), threads);
     }, Nogil());
     m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t N, int64_t K, bool median, Address gamma,
                                         Address packed, int threads) {
@@ -309,7 +309,7 @@ PYBIND11_MODULE(_C, m) {
     }, Nogil());
     m.def("bitlinear_dweight", [](Address dy, int64_t dy_row, bool pairs, Sizes n, Address codes, Address step,
                                   Address dweight, Address scratch, int threads) {
-        ULTRA_PICK(bitlinear_dweight)({in(dy), dy_row, pairs}, n[1], n[2], {ptr<int8_t>(codes), fout(step), n[2], n[0]},
+        ULTRA_PICK(bitlinear_dweight)({in(dy), dy_row, pairs}, n[1], n[2], {ptr<int8_t>(codes), fout(step), n[0]},
                                       fout(dweight), fout(scratch), threads);
     }, Nogil());
     m.def("bitlinear_fingerprint", [](Address data, int64_t n, int64_t size) {

@@ -178,11 +178,20 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.ultra_kernels, name).default
 
 
-def define_constant(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`define` for an op without a gradient: what it returns never requires one, whatever goes in."""
-    op = define(schema, torch.no_grad()(implementation), fake)
+def define_constant(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`define` for an op without a gradient: what it returns never requires one, whatever goes in.
+
+    Plain tensors in eager mode skip torch's dispatcher, which costs 4 us a call: a third of a small product.
+    """
+    op = define(schema, implementation, fake)
     _library.impl(schema.split("(", 1)[0], torch.library.fallthrough_kernel, "Autograd")
-    return op
+
+    def call(tensor: torch.Tensor, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
+            return op(tensor, *args)
+        return implementation(tensor, *args)
+
+    return call
 
 
 def _register_autograd(op: Any, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> None:

@@ -120,7 +120,7 @@ void dweight_block(const T* dy, int64_t dy_row, int64_t n, int64_t rows, const I
         for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
             const int64_t some = at_most(columns - c0, kColumns);
             fill_words(inner, padded(some), (Word*)tiles.right, kColumns, [&](int64_t i, int64_t c) {
-                return widen_up_to(x.codes + (m + i) * x.row + k + c0 + c, some - c);
+                return widen_up_to(x.codes + (m + i) * K + k + c0 + c, some - c);
             });
             multiply(rows, some, words<Word>(inner), Factor<Word>{(Word*)tiles.left, 1, wide}, (Word*)tiles.right,
                      kColumns, Product<float>{tiles.out + c0, kWeightColumns, m > 0});

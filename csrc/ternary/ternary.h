@@ -13,21 +13,19 @@ struct TernaryMatrix {
     int64_t N, K;
 };
 
-// Rows of x as codes · step. Rows of codes are `row` apart; where that is more than K, the rest of a row is 0.
+// Rows of x [M, K] as codes · step.
 struct Int8Rows {
     int8_t* codes;
     float* step;
-    int64_t row, M;
+    int64_t M;
 };
-
-static inline int64_t ternary_row_bytes(int64_t K) { return (K + 15) / 16 * 16; }
 
 }  // namespace ultra
 
 ULTRA_FOR_EACH_ISA(
-    int64_t ternary_scratch(int64_t M, int64_t K);  // bytes
+    int64_t ternary_scratch(int64_t M, int64_t K);  // bytes, for either product
 
-    // y [M, N] = x · codesᵀ; rows of x are x_row apart.
+    // y [M, N] = x · codesᵀ; rows of x are x_row >= K apart: up to 15 bytes between them are read.
     void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
                         int threads);
 

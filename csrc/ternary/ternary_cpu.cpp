@@ -61,7 +61,10 @@ template <typename T> struct Scaled {
 struct Rows {
     const int8_t* x;
     int64_t row, M;
+    const int8_t* last;   // the last one, readable up to a whole block; codes past K are 0, whatever they multiply
     const int32_t* sums;  // of each row
+
+    const int8_t* at(int64_t m) const { return m + 1 == M ? last : x + m * row; }
 };
 
 // Sums over sections short enough for narrow ones: add(begin, end, sums) adds those of a section, `unscaled` ends them.
@@ -90,7 +93,7 @@ static void multiply_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int6
     const uint8_t* codes[vectors];
     for (int v = 0; v < vectors; ++v) codes[v] = codes_of_vector(w.codes, blocks, first + v);
     const int8_t* from[rows];
-    for (int r = 0; r < rows; ++r) from[r] = x.x + (m + r) * x.row;
+    for (int r = 0; r < rows; ++r) from[r] = x.at(m + r);
     const auto add = [&](int64_t begin, int64_t end, Partial(&sum)[rows][vectors][kSums]) {
         for (int64_t j = begin; j < end; ++j) {
             Codes packed[vectors];
@@ -150,23 +153,29 @@ int32_t sum_of(const int8_t* x, int64_t K) {
     return sum;
 }
 
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// What a product needs beside x. The sums of few rows find place on the stack.
+struct Workspace {
+    static constexpr int64_t kOnStack = 16;
+    int32_t few[kOnStack];
 
-// Sums of rows, and with `padded` the rows themselves with zeros behind them, to the front of the scratch memory.
-static Rows prepare(const int8_t* x, int64_t row, int64_t M, int64_t K, bool copy, char* scratch, int threads) {
-    auto* sums = (int32_t*)scratch;
-    auto* rows = (int8_t*)(scratch + aligned(4 * M));
-    const int64_t bytes = ternary_row_bytes(K), block = 64;
-    parallel_for((M + block - 1) / block, threads_for(M * K / 8, threads), [&](int64_t i) {
-        for (int64_t m = i * block; m < M && m < (i + 1) * block; ++m) {
-            sums[m] = sum_of(x + m * row, K);
-            if (!copy) continue;
-            memcpy(rows + m * bytes, x + m * row, K);
-            memset(rows + m * bytes + K, 0, bytes - K);
+    static int64_t bytes_of_sums(int64_t M) { return M > kOnStack ? (4 * M + 63) / 64 * 64 : 0; }
+    static int64_t bytes_of_row(int64_t K) { return K % kBlockColumns ? blocks_of(K) * kBlockColumns : 0; }
+
+    Rows prepare(const int8_t* x, int64_t row, int64_t M, int64_t K, char* scratch, int threads) {
+        int32_t* sums = M > kOnStack ? (int32_t*)scratch : few;
+        const int64_t block = 64;
+        parallel_for((M + block - 1) / block, threads_for(M * K / 8, threads), [&](int64_t i) {
+            for (int64_t m = i * block; m < M && m < (i + 1) * block; ++m) sums[m] = sum_of(x + m * row, K);
+        });
+        const int8_t* last = x + (M - 1) * row;
+        if (M && bytes_of_row(K)) {
+            auto* copy = (int8_t*)scratch + bytes_of_sums(M);
+            memset(copy + K, 0, bytes_of_row(K) - K);
+            last = (const int8_t*)memcpy(copy, last, K);
         }
-    });
-    return copy ? Rows{rows, bytes, M, sums} : Rows{x, row, M, sums};
-}
+        return {x, row, M, last, sums};
+    }
+};
 
 // ---- rounding -----------------------------------------------------------------------------------------------------------
 // The largest |x|, NaN if there is one: ordered as integers, the bits of NaN are above those of infinity.
@@ -192,7 +201,7 @@ static inline void store_bytes(int8_t* p, vi x, int n) {
 
 // One row; `at(k)` and `part(k, n)` give x, or norm(x).
 template <typename Load, typename Part>
-static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* codes, int64_t row) {
+static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* codes) {
     Largest largest;
     int64_t k = 0;
     for (; k + kLanes <= K; k += kLanes) largest(at(k));
@@ -201,7 +210,6 @@ static float quantize_row(int64_t K, const Load& at, const Part& part, int8_t* c
     const float inverse = 1.0f / absmax * 127.0f;  // as torch has 127 / absmax
     for (k = 0; k + kLanes <= K; k += kLanes) store_bytes(codes + k, round_to_int(at(k) * inverse), kLanes);
     if (k < K) store_bytes(codes + k, round_to_int(part(k, (int)(K - k)) * inverse), (int)(K - k));
-    memset(codes + K, 0, row - K);
     return absmax / 127.0f;
 }
 
@@ -212,11 +220,11 @@ static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weigh
     parallel_for((to.M + block - 1) / block, threads_for(to.M * K / 4, threads), [&](int64_t i) {
         for (int64_t m = i * block; m < to.M && m < (i + 1) * block; ++m) {
             const T* from = x + m * row;
-            int8_t* codes = to.codes + m * to.row;
+            int8_t* codes = to.codes + m * K;
             const auto load_x = [&](int64_t k) { return load(from + k); };
             const auto part_x = [&](int64_t k, int n) { return load_part(from + k, n); };
             if (!weight) {
-                to.step[m] = quantize_row(K, load_x, part_x, codes, to.row);
+                to.step[m] = quantize_row(K, load_x, part_x, codes);
                 continue;
             }
             vf squares = {};
@@ -227,19 +235,19 @@ static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weigh
             rstd[m] = r;
             to.step[m] = quantize_row(
                 K, [&](int64_t c) { return load_x(c) * r * load(weight + c); },
-                [&](int64_t c, int n) { return part_x(c, n) * r * load_part(weight + c, n); }, codes, to.row);
+                [&](int64_t c, int n) { return part_x(c, n) * r * load_part(weight + c, n); }, codes);
         }
     });
 }
 
 }  // namespace
 
-int64_t ternary_scratch(int64_t M, int64_t K) { return aligned(4 * M) + aligned(M * ternary_row_bytes(K)); }
+int64_t ternary_scratch(int64_t M, int64_t K) { return Workspace::bytes_of_sums(M) + Workspace::bytes_of_row(K); }
 
 void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
                     int threads) {
-    const Rows rows = prepare(x, x_row, M, w.K, w.K % kBlockColumns != 0, scratch, threads);
-    multiply(rows, w, Integers{y, w.N}, threads);
+    Workspace space;
+    multiply(space.prepare(x, x_row, M, w.K, scratch, threads), w, Integers{y, w.N}, threads);
 }
 
 void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, const float* norm_weight,
@@ -251,7 +259,8 @@ void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, c
 
 void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
                      int dtype, char* scratch, int threads) {
-    const Rows rows = prepare(x.codes, x.row, x.M, w.K, x.row < ternary_row_bytes(w.K), scratch, threads);
+    Workspace space;
+    const Rows rows = space.prepare(x.codes, w.K, x.M, w.K, scratch, threads);
     if (dtype == kBFloat16) multiply(rows, w, Scaled<BF16>{(BF16*)y, w.N, x.step, *scale, bias}, threads);
     else if (dtype == kFloat16) multiply(rows, w, Scaled<FP16>{(FP16*)y, w.N, x.step, *scale, bias}, threads);
     else multiply(rows, w, Scaled<float>{(float*)y, w.N, x.step, *scale, bias}, threads);

@@ -21,7 +21,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y `[M, N]`, codes int8 `[M, K]`, step `[M]`, 1 / RMS `[M]` or empty) of x `[M, K]`."""
     K = x.shape[1]
-    codes, step, rstd = quantize_rows(x, norm_weight, K)
+    codes, step, rstd = quantize_rows(x, norm_weight)
     return product(codes, step, weight, gamma, (N, K), bias, dtype), codes, step, rstd
 
 

@@ -18,10 +18,10 @@ def quantize_ternary(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, to
 def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     C_, threads = load(), torch.get_num_threads()
     (N, K), M = shape, x.shape[0]
-    x = contiguous_rows(x)
+    x = x if x.stride(1) == 1 and x.stride(0) >= K else x.contiguous()
     y = torch.empty((M, N), dtype=torch.int32)
-    scratch = torch.empty(C_.ternary_scratch(M, K), dtype=torch.uint8)
-    C_.ternary_matmul(x.data_ptr(), x.stride(0), (M, N, K), codes.data_ptr(), y.data_ptr(), scratch.data_ptr(), threads)
+    scratch = _scratch(M, K)
+    C_.ternary_matmul(x.data_ptr(), x.stride(0), (M, N, K), codes.data_ptr(), y.data_ptr(), address(scratch), threads)
     return y
 
 
@@ -29,22 +29,20 @@ def ternary_linear(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     N, K = shape
-    quantised, step, _ = quantize_rows(x.reshape(math.prod(x.shape[:-1]), K), None, (K + 15) // 16 * 16)
+    quantised, step, _ = quantize_rows(x.reshape(math.prod(x.shape[:-1]), K), None)
     return product(quantised, step, codes, scale, shape, bias, x.dtype).view(*x.shape[:-1], N)
 
 
-def quantize_rows(
-    x: torch.Tensor, norm_weight: torch.Tensor | None, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes int8 `[M, width]`, 0 from K on, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
+def quantize_rows(x: torch.Tensor, norm_weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes int8 `[M, K]`, step `[M]`, 1 / RMS `[M]`) of x `[M, K]`; no RMS without norm_weight."""
     M, K = x.shape
     x = contiguous_rows(x)
-    codes = torch.empty((M, width), dtype=torch.int8)
+    codes = torch.empty((M, K), dtype=torch.int8)
     step = torch.empty(M, dtype=torch.float32)
     rstd = torch.empty(0 if norm_weight is None else M, dtype=torch.float32)
     weight = None if norm_weight is None else norm_weight.float().contiguous()
     load().ternary_quantize_rows(
-        x.data_ptr(), x.stride(0), DTYPES[x.dtype], M, K, address(weight), codes.data_ptr(), width, step.data_ptr(),
+        x.data_ptr(), x.stride(0), DTYPES[x.dtype], M, K, address(weight), codes.data_ptr(), step.data_ptr(),
         rstd.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, step, rstd
@@ -63,11 +61,11 @@ def product(
     C_, threads = load(), torch.get_num_threads()
     (N, K), M = shape, codes.shape[0]
     y = torch.empty((M, N), dtype=dtype)
-    scratch = torch.empty(C_.ternary_scratch(M, K), dtype=torch.uint8)
+    scratch = _scratch(M, K)
     bias = None if bias is None else bias.float().contiguous()
     C_.ternary_product(
-        codes.data_ptr(), codes.stride(0), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(),
-        address(bias), y.data_ptr(), DTYPES[dtype], scratch.data_ptr(), threads,
+        codes.data_ptr(), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(),
+        address(bias), y.data_ptr(), DTYPES[dtype], address(scratch), threads,
     )  # fmt: skip
     return y
 
@@ -84,3 +82,8 @@ def quantize_weight(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, tor
         torch.get_num_threads(),
     )  # fmt: skip
     return packed, gamma
+
+
+def _scratch(M: int, K: int) -> torch.Tensor | None:
+    size = load().ternary_scratch(M, K)
+    return torch.empty(size, dtype=torch.uint8) if size else None
