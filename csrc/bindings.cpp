@@ -293,6 +293,12 @@ PYBIND11_MODULE(_C, m) {
         ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_matrix(weight, n), fin(scale),
                                     fin(bias), out(y), dtype, ptr<char>(scratch), threads);
     }, Nogil());
+    m.def("ternary_linear", [](Address x, int64_t x_row, int dtype, Sizes n, Address weight, Address scale,
+                               Address bias, Address y, Address scratch, int threads) {
+        ULTRA_PICK(ternary_linear)(in(x), x_row, n[0], ternary_matrix(weight, n), fin(scale), fin(bias), out(y), dtype,
+                                   ptr<char>(scratch), threads);
+    }, Nogil());
+    m.def("ternary_linear_scratch", [](int64_t M, int64_t K) { return ULTRA_PICK(ternary_linear_scratch)(M, K); });
     m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t N, int64_t K, bool median, Address gamma,
                                         Address packed, int threads) {
         double sums[ultra::kMostRowBlocks];

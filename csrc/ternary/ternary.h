@@ -37,6 +37,11 @@ ULTRA_FOR_EACH_ISA(
     void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
                          int dtype, char* scratch, int threads);
 
+    // Both in turn, x and y of `dtype`.
+    int64_t ternary_linear_scratch(int64_t M, int64_t K);
+    void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryMatrix& w, const float* scale,
+                        const float* bias, void* y, int dtype, char* scratch, int threads);
+
     // gamma [1] = mean of |weight| unless `median`, when it is read; packed codes of clip(round(weight / (gamma + 1e-5))).
     // sums: row_blocks(N) doubles. weight is contiguous.
     void ternary_quantize_weight(const void* weight, int dtype, int64_t N, int64_t K, bool median, float* gamma,

@@ -266,6 +266,16 @@ void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* sca
     else multiply(rows, w, Scaled<float>{(float*)y, w.N, x.step, *scale, bias}, threads);
 }
 
+int64_t ternary_linear_scratch(int64_t M, int64_t K) { return ternary_scratch(M, K) + M * (int64_t)sizeof(float) + M * K; }
+
+void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryMatrix& w, const float* scale,
+                    const float* bias, void* y, int dtype, char* scratch, int threads) {
+    auto* step = (float*)(scratch + ternary_scratch(M, w.K));
+    const Int8Rows rows{(int8_t*)(step + M), step, M};
+    ternary_quantize_rows(x, x_row, dtype, w.K, nullptr, rows, nullptr, threads);
+    ternary_product(rows, w, scale, bias, y, dtype, scratch, threads);
+}
+
 namespace {
 
 template <typename T> double sum_of_magnitudes(const T* w, int64_t n) {

@@ -28,9 +28,17 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int])
 def ternary_linear(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    N, K = shape
-    quantised, step, _ = quantize_rows(x.reshape(math.prod(x.shape[:-1]), K), None)
-    return product(quantised, step, codes, scale, shape, bias, x.dtype).view(*x.shape[:-1], N)
+    C_, (N, K) = load(), shape
+    M = math.prod(x.shape[:-1])
+    rows = contiguous_rows(x.reshape(M, K))
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
+    scratch = torch.empty(C_.ternary_linear_scratch(M, K), dtype=torch.uint8)
+    bias = None if bias is None else bias.float().contiguous()
+    C_.ternary_linear(
+        rows.data_ptr(), rows.stride(0), DTYPES[x.dtype], (M, N, K), codes.data_ptr(), scale.data_ptr(),
+        address(bias), y.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def quantize_rows(x: torch.Tensor, norm_weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
