@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import ultra.ffn.dense
@@ -738,10 +739,12 @@ def layerscale_init() -> None:
 @acts
 def bitnet_two_stage() -> None:
     training = {"scheduler_total_steps": 4, "scheduler_type": "constant"}
-    for on, factors in ((False, [1, 1, 1, 1]), (True, [1, 1, 0.5, 0.5])):
+    for on, factors in ((False, [1, 1, 1, 1]), (True, [1, 1, 0.25, 0.25])):
         one = run(model={"use_bitnet": True, "bitnet_two_stage": on}, **training)
         assert one.column("lr_factor") == factors
         assert bool(one.optimizer.parts[0].param_groups[0]["weight_decay"]) != on  # 0 at the end
+    with pytest.raises(ValidationError, match="set use_bitnet: true"):
+        UltraConfig(bitnet_two_stage=True)
 
 
 @acts

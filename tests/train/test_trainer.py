@@ -591,15 +591,16 @@ def test_loss_scale_leaves_the_gradient_and_an_overflow_is_no_fault(tiny, tmp_pa
 # Rates
 
 
-def test_bitnet_two_stage_halves_rates_and_stops_decay_in_the_second_half(tiny, tmp_path: Path) -> None:
+def test_bitnet_two_stage_lowers_rates_and_ends_decay_at_the_middle(tiny, tmp_path: Path) -> None:
     t = make_trainer(tiny, tmp_path, scheduler_type="constant")
     t.cfg = t.cfg.model_copy(update={"model": UltraConfig(use_bitnet=True, bitnet_two_stage=True)})
-    t.state.step = 5
-    assert t.rates() == (1.0, 1.0)
-    t.state.step = 6
-    assert t.rates() == (0.5, 0.0)
-    t.cfg = t.cfg.model_copy(update={"model": UltraConfig(use_bitnet=False, bitnet_two_stage=True)})
-    assert t.rates() == (1.0, 1.0)
+    for step, expected in ((5, (1.0, 1.0)), (6, (0.25, 0.0)), (11, (0.25, 0.0))):
+        t.state.step = step
+        assert t.rates() == expected
+    t.state.lr_scale = 0.5  # after a rollback
+    assert t.rates() == (0.125, 0.0)
+    t.cfg = t.cfg.model_copy(update={"model": UltraConfig(use_bitnet=True)})
+    assert t.rates() == (0.5, 1.0)
 
 
 # Signals

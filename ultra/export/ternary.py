@@ -91,12 +91,18 @@ def read_model(folder: Path, cfg: RunConfig) -> Encoder:
     """The packed model of an exported folder, on the CPU. Its float weights are never in memory."""
     with torch.device("meta"):
         model = build_model(cfg)
+    pack(model)
+    model.to_empty(device="cpu")
+    checkpoint.copy_tensors(every_tensor(model), checkpoint.read_tensors(folder, "model.safetensors"), folder)
+    return model
+
+
+def pack(model: nn.Module) -> None:
+    """Replaces every ternary layer by its packed form, in place; what is left of the model is frozen, too."""
     for name, layer in ternary_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.pack())
-    model.to_empty(device="cpu").requires_grad_(False)
-    checkpoint.copy_tensors(every_tensor(model), checkpoint.read_tensors(folder, "model.safetensors"), folder)
-    return model
+    model.requires_grad_(False)
 
 
 def ternary_layers(model: nn.Module) -> dict[str, BitLinear | MoE]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
-from ultra.config.fields import ModelFields
+from ultra.config.fields import ModelFields, Problem
 from ultra.ffn.moe import MoEFFN
 from ultra.layers.module import GROUPS, Component
 from ultra.layers.sequences import Sequences, unpad
@@ -37,9 +37,15 @@ class EncoderFields(ModelFields):
         description="Initial value of a learned scale per channel on each block's output; null: no scale.",
     )
     bitnet_two_stage: bool = Field(
-        False, description="With use_bitnet, weight decay 0 and half the rates in the second half."
+        False,
+        description="Train a BitNet in two stages: at half of scheduler_total_steps the rates begin the schedule anew "
+        "from a quarter of their peaks, without warm-up, and weight decay ends. Needs use_bitnet.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute each layer in the backward pass: less memory.")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.bitnet_two_stage and not self.use_bitnet:
+            yield "bitnet_two_stage", "is for ternary weights: set use_bitnet: true, or leave it out"
 
 
 @dataclass

@@ -87,8 +87,8 @@ def write(path: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, st
     for name, held in tensors.items():
         try:
             # in the file too, so that weights without their manifest are not taken for others
-            metadata = {"format": form} if isinstance(form, str) else None
-            save_file({key: t.detach().cpu().contiguous() for key, t in held.items()}, path / name, metadata)
+            metadata = {"metadata": {"format": form}} if isinstance(form, str) else {}
+            save_file({key: t.detach().cpu().contiguous() for key, t in held.items()}, path / name, **metadata)
         except SafetensorError as error:  # how it reports a full disk
             raise OSError(f"{path / name}: {error}") from error
     for name, text in texts.items():

@@ -71,7 +71,9 @@ def table(groups: list[Group]) -> str:
     )
 
 
-def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingConfig, init_std: float) -> None:
+def warn_if_rates_cannot_train(
+    groups: list[Group], steps: int, cfg: TrainingConfig, init_std: float, two_stage: bool = False
+) -> None:
     """Adam moves a weight by about its rate per step at most; less than init_std in all is too little."""
     if steps > cfg.scheduler_total_steps and lr_factor(steps - 1, cfg) == 0:
         log.warning(
@@ -79,7 +81,7 @@ def warn_if_rates_cannot_train(groups: list[Group], steps: int, cfg: TrainingCon
             "after it train nothing. Raise scheduler_total_steps or min_lr_ratio",
             steps, cfg.scheduler_total_steps, cfg.scheduler_type,
         )  # fmt: skip
-    reach = travel(steps, cfg)
+    reach = travel(steps, cfg, two_stage)
     slow = [group for group in groups if group.params and group.optim.lr * reach < init_std]
     if slow:
         log.warning(

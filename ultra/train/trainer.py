@@ -37,7 +37,7 @@ from ultra.train.resume import (
     warn_of_other_model,
     with_tokenizer_of,
 )
-from ultra.train.schedule import lr_factor
+from ultra.train.schedule import lr_factor, second_stage
 from ultra.train.signals import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, StopFlag, stop_on_signals
 
 log = logging.getLogger(__name__)
@@ -227,12 +227,9 @@ class Trainer:
 
     def rates(self) -> tuple[float, float]:
         """Factors on every group's rate and weight decay for the step to be made."""
-        factor, decay = lr_factor(self.state.step, self.training) * self.state.lr_scale, 1.0
-        model = self.cfg.model
-        second_half = 2 * self.state.step >= self.training.scheduler_total_steps
-        if model.use_bitnet and model.bitnet_two_stage and second_half:
-            factor, decay = factor / 2, 0.0
-        return factor, decay
+        two_stage, step = self.cfg.model.bitnet_two_stage, self.state.step
+        factor = lr_factor(step, self.training, two_stage) * self.state.lr_scale
+        return factor, 0.0 if two_stage and step >= second_stage(self.training) else 1.0
 
     def statistics(self, moe_stats: list[Any]) -> dict[str, Any]:
         """Gradient norm per group before clipping and the experts' loads, at the steps where they are due."""
@@ -584,7 +581,9 @@ def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> 
             log.info("resumed at step %d from %s", trainer.state.step, path)
         (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
         log.info("parameter groups:\n%s", table(trainer.groups))
-        warn_if_rates_cannot_train(trainer.groups, trainer.total_steps, cfg.training, cfg.model.initial_std)
+        warn_if_rates_cannot_train(
+            trainer.groups, trainer.total_steps, cfg.training, cfg.model.initial_std, cfg.model.bitnet_two_stage
+        )
         if cfg.training.compile:
             compile_encoder(model, cfg, device, trainer.amp_dtype)
         code = trainer.run()
