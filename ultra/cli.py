@@ -311,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=["ternary"],
         required=True,
-        help="ternary: BitNet's weights at 2 bits each, for ultra itself",
+        help="ternary: the weights of BitNet at 2 bits each",
     )
     sub.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
     data = commands.add_parser("data", help="look at the data of a configuration, or prepare it")
