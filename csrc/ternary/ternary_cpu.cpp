@@ -1,5 +1,6 @@
-// Contract: ultra_kernels/ternary/op.py. Packed codes go through registers once for every kRowsAtOnce rows of x. Unpacking
-// them into cache first, for tiles of 6 rows and 4 vectors, gained 4 % at 512 rows with AVX-512 and lost at 64 and fewer.
+// Contract: ultra_kernels/ternary/op.py. Packed codes go through registers, once for every two rows of x. With AVX-512 a
+// step of 2 rows × 2 vectors of the matrix has 10 loads for 16 products; 4 × 1 has 17 and is 15 % slower, and unpacking
+// codes into cache first is 5 % slower.
 #include "ternary/ternary.h"
 
 #include "common/codes.h"
@@ -11,7 +12,6 @@ namespace ULTRA_ISA {
 
 namespace {
 
-constexpr int kRowsAtOnce = kLanes == 8 ? 6 : 4;  // AVX-512 has kSlots sums of each in registers, AVX2 one
 constexpr int kUnrolledSlots = kScaledSlots ? kSlots : 1;  // unrolled, AVX2's 16 registers spill: half the speed
 constexpr int64_t kVectorsOfTask = 64;
 constexpr int64_t kWorkOfThread = 1 << 19;  // products that repay waking another thread
@@ -112,26 +112,14 @@ static void multiply_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int6
     sum_sections<rows, vectors, kSums>(x, m, first, blocks, kMostScaledQuads / (kSlots / kSums), add, out);
 }
 
-// Vectors begin .. end for all rows. One and two rows need several vectors for enough independent sums.
-template <typename Out>
-static void multiply_vectors(const Rows& x, const TernaryMatrix& w, int64_t begin, int64_t end, const Out& out) {
-    int64_t m = 0;
-    for (; m + kRowsAtOnce <= x.M; m += kRowsAtOnce)
-        for (int64_t v = begin; v < end; ++v) multiply_rows<kRowsAtOnce, 1>(x, m, w, v, out);
+// `rows` rows from m, vectors begin .. end, as many at a time as give enough independent sums.
+template <int rows, typename Out>
+static void multiply_vectors(const Rows& x, int64_t m, const TernaryMatrix& w, int64_t begin, int64_t end,
+                             const Out& out) {
+    constexpr int kVectors = rows == 1 ? 4 : 2;
     int64_t v = begin;
-    switch (x.M - m) {
-        case 1:
-            for (; v + 4 <= end; v += 4) multiply_rows<1, 4>(x, m, w, v, out);
-            for (; v < end; ++v) multiply_rows<1, 1>(x, m, w, v, out);
-            break;
-        case 2:
-            for (; v + 2 <= end; v += 2) multiply_rows<2, 2>(x, m, w, v, out);
-            for (; v < end; ++v) multiply_rows<2, 1>(x, m, w, v, out);
-            break;
-        case 3: for (; v < end; ++v) multiply_rows<3, 1>(x, m, w, v, out); break;
-        case 4: for (; v < end; ++v) multiply_rows<4, 1>(x, m, w, v, out); break;
-        case 5: for (; v < end; ++v) multiply_rows<5, 1>(x, m, w, v, out); break;
-    }
+    for (; v + kVectors <= end; v += kVectors) multiply_rows<rows, kVectors>(x, m, w, v, out);
+    for (; v < end; ++v) multiply_rows<rows, 1>(x, m, w, v, out);
 }
 
 template <typename Out>
@@ -139,11 +127,14 @@ static void multiply(const Rows& x, const TernaryMatrix& w, const Out& out, int 
     const int64_t vectors = vectors_of(w.N);
     if (!x.M || !vectors) return;
     threads = threads_for(x.M * w.N * w.K, threads);
-    int64_t each = (vectors + threads - 1) / threads;
+    int64_t each = (vectors / 4 + threads - 1) / threads * 4;  // of a task
     if (each > kVectorsOfTask) each = kVectorsOfTask;
+    if (each < 4) each = 4;
     parallel_for((vectors + each - 1) / each, threads, [&](int64_t i) {
-        const int64_t end = (i + 1) * each;
-        multiply_vectors(x, w, i * each, end < vectors ? end : vectors, out);
+        const int64_t begin = i * each, end = begin + each < vectors ? begin + each : vectors;
+        int64_t m = 0;
+        for (; m + 2 <= x.M; m += 2) multiply_vectors<2>(x, m, w, begin, end, out);
+        if (m < x.M) multiply_vectors<1>(x, m, w, begin, end, out);
     });
 }
 
