@@ -12,7 +12,6 @@ namespace ULTRA_ISA {
 
 namespace {
 
-constexpr int kUnrolledSlots = kScaledSlots ? kSlots : 1;  // unrolled, AVX2's 16 registers spill: half the speed
 constexpr int64_t kVectorsOfTask = 64;
 constexpr int64_t kWorkOfThread = 1 << 19;  // products that repay waking another thread
 
@@ -98,7 +97,7 @@ static void multiply_rows(const Rows& x, int64_t m, const TernaryMatrix& w, int6
         for (int64_t j = begin; j < end; ++j) {
             Codes packed[vectors];
             for (int v = 0; v < vectors; ++v) packed[v] = load_codes(codes[v] + j * kBlockBytes);
-#pragma GCC unroll kUnrolledSlots
+#pragma GCC unroll 4
             for (int s = 0; s < kSlots; ++s) {
                 Codes c[vectors];
                 for (int v = 0; v < vectors; ++v) c[v] = scaled_slot(packed[v], s);
@@ -122,11 +121,78 @@ static void multiply_vectors(const Rows& x, int64_t m, const TernaryMatrix& w, i
     for (; v < end; ++v) multiply_rows<rows, 1>(x, m, w, v, out);
 }
 
+// Without scaled slots shifts and masks are a third of the work: from kUnpackedFrom rows on they are done once for
+// kUnpackedRows rows, a section of a panel at a time.
+constexpr int64_t kUnpackedFrom = 6, kUnpackedRows = 32, kUnpackedBlocks = 64;
+
+template <int rows>
+static void add_unpacked(const Rows& x, int64_t m, int64_t column, const uint8_t* codes, int64_t quads,
+                         vi (*sums)[kVectorsOfPanel]) {
+    const int8_t* from[rows];
+    for (int r = 0; r < rows; ++r) from[r] = x.at(m + r) + column;
+    for (int v = 0; v < kVectorsOfPanel; v += 2) {
+        for (int64_t begin = 0; begin < quads; begin += kMostQuads) {
+            const int64_t end = quads - begin > kMostQuads ? begin + kMostQuads : quads;
+            Partial sum[rows][2] = {};
+            for (int64_t k = begin; k < end; ++k) {
+                const Codes a = load_codes(codes + k * kBlockBytes + v * kCodeBytes);
+                const Codes b = load_codes(codes + k * kBlockBytes + (v + 1) * kCodeBytes);
+                for (int r = 0; r < rows; ++r) {
+                    const Quad quad = splat_quad(from[r] + 4 * k);
+                    multiply_add(sum[r][0], a, quad);
+                    multiply_add(sum[r][1], b, quad);
+                }
+            }
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < 2; ++i) sums[r][v + i] += total(sum[r][i]);
+        }
+    }
+}
+
+template <typename Out>
+static void multiply_unpacked(const Rows& x, const TernaryMatrix& w, int64_t panel, const Out& out) {
+    const int64_t blocks = blocks_of(w.K);
+    alignas(64) uint8_t codes[kUnpackedBlocks * kSlots * kBlockBytes];
+    for (int64_t m = 0; m < x.M; m += kUnpackedRows) {
+        const int64_t rows = x.M - m < kUnpackedRows ? x.M - m : kUnpackedRows;
+        vi sums[kUnpackedRows][kVectorsOfPanel];
+        for (int64_t r = 0; r < rows; ++r)
+            for (int v = 0; v < kVectorsOfPanel; ++v) sums[r][v] = vi{} - x.sums[m + r];
+        for (int64_t begin = 0; begin < blocks; begin += kUnpackedBlocks) {
+            const int64_t count = blocks - begin < kUnpackedBlocks ? blocks - begin : kUnpackedBlocks;
+            for (int v = 0; v < kVectorsOfPanel; ++v) {
+                const uint8_t* from = codes_of_vector(w.codes, blocks, panel * kVectorsOfPanel + v);
+                for (int64_t j = 0; j < count; ++j) {
+                    const Codes packed = load_codes(from + (begin + j) * kBlockBytes);
+                    for (int s = 0; s < kSlots; ++s) {
+                        const Codes c = slot(packed, s);
+                        memcpy(codes + (j * kSlots + s) * kBlockBytes + v * kCodeBytes, &c, sizeof c);
+                    }
+                }
+            }
+            int64_t r = 0;
+            for (; r + 4 <= rows; r += 4)
+                add_unpacked<4>(x, m + r, begin * kBlockColumns, codes, count * kSlots, sums + r);
+            for (; r < rows; ++r) add_unpacked<1>(x, m + r, begin * kBlockColumns, codes, count * kSlots, sums + r);
+        }
+        for (int64_t r = 0; r < rows; ++r)
+            for (int v = 0; v < kVectorsOfPanel; ++v) {
+                const int64_t vector = panel * kVectorsOfPanel + v;
+                if (vector * kLanes < w.N) out(m + r, vector, sums[r][v]);
+            }
+    }
+}
+
 template <typename Out>
 static void multiply(const Rows& x, const TernaryMatrix& w, const Out& out, int threads) {
     const int64_t vectors = vectors_of(w.N);
     if (!x.M || !vectors) return;
     threads = threads_for(x.M * w.N * w.K, threads);
+    if constexpr (!kScaledSlots) {
+        if (x.M >= kUnpackedFrom)
+            return parallel_for((w.N + kPanelRows - 1) / kPanelRows, threads,
+                                [&](int64_t panel) { multiply_unpacked(x, w, panel, out); });
+    }
     int64_t each = (vectors / 4 + threads - 1) / threads * 4;  // of a task
     if (each > kVectorsOfTask) each = kVectorsOfTask;
     if (each < 4) each = 4;
