@@ -95,6 +95,32 @@ def test_weights_are_rounded_as_by_the_reference(isa: str, N: int, K: int, dtype
     assert bool(((unpack(packed, (N, K)) == codes) | near_tie).all()) and near_tie.double().mean() < 0.01
 
 
+def test_the_least_scales(isa: str) -> None:
+    """Both are 1e-5: the least absmax of a token, and the term beside γ (0.9 / 1.9 rounds down, 1.1 / 2.1 up)."""
+    assert native.quantize_rows(torch.tensor([[4e-6, -1e-6]]), None)[0].tolist() == [[51, -13]]  # 127 · 0.4, 127 · 0.1
+    for value, code in ((0.9e-5, 0), (1.1e-5, 1)):
+        packed, _ = native.quantize_weight(torch.full((2, 2), value), "mean")
+        assert unpack(packed, (2, 2)).unique().tolist() == [code]
+
+
+@pytest.mark.parametrize("N", [3, 16, 37])
+def test_linear_scales_sums_and_adds_a_bias(isa: str, N: int) -> None:
+    x, w, bias = draw(3, 40), integers(-1, 1, N, 40), draw(N, seed=1)
+    codes, step = quantize_tokens(x)
+    want = (codes.double() @ w.double().t()) * step.double() * 0.37 + bias.double()
+    got = ternary_linear(x, pack_ternary(w, torch.tensor(0.37)), bias, backend="native")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_norm_is_rms_norm(isa: str) -> None:
+    x, gain = draw(5, 37) * 1e-3, 1 + 0.1 * draw(37, seed=1)
+    codes, step, rstd = native.quantize_rows(x, gain)
+    want = (x.double().square().mean(-1) + 1e-6).rsqrt()
+    torch.testing.assert_close(rstd.double(), want, rtol=1e-6, atol=0)
+    normal = x.double() * want[:, None] * gain.double()
+    assert ((codes * step[:, None]).double() - normal).abs().max() <= 0.51 * step.max()
+
+
 def test_nan_and_infinity_are_not_hidden(isa: str) -> None:
     x = draw(4, 40)
     x[0, 7], x[1, 39], x[2, 0] = float("nan"), float("inf"), -float("inf")
