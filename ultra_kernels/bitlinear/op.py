@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -75,7 +76,8 @@ def bitlinear(
     dtype = matmul_dtype(x)
     if chosen == "reference":
         return reference.bitlinear(x, weight, bias, norm_weight, scale, dtype)
-    y: torch.Tensor = _forward(x, weight, bias, norm_weight, scale, dtype, chosen)[0]
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    y: torch.Tensor = _forward(x, weight, bias, norm_weight, scale, dtype, trains, chosen)[0]
     return y
 
 
@@ -87,49 +89,55 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-class _Quantised(NamedTuple):
-    """What became of a weight, and what tells whether it is still that weight."""
+@dataclass
+class _Quantised:
+    """What became of a weight."""
 
-    version: int
-    address: int
-    fingerprint: int
+    state: tuple[int, ...]  # of the weight when it was quantised
     weight: torch.Tensor  # as the backend's products take it
     gamma: torch.Tensor
+    used_up: bool = False  # by a backward
 
 
 _quantised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (scale, backend) -> _Quantised
 
 
-def _quantise(weight: torch.Tensor, scale: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_weight` of the backend's file, once per value of a weight.
+def _quantise(
+    weight: torch.Tensor, scale: str, backend: str, trains: bool, backward: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_weight` of the backend's file, kept from the first forward of a weight to its last backward.
 
-    A tensor counts the writes to it, except those through `.data`, which a backend's `fingerprint` may see. The graph
-    of a capture has to quantise for itself: it is replayed when the weight has other values.
+    A weight counts the writes to it, but neither those of torch's fused optimizers nor those through `.data`. So a
+    forward after a backward, where optimizers come between, quantises again, and what no backward ends is kept only
+    where the backend's file has a `fingerprint` of the values. The graph of a capture quantises for itself: it is
+    replayed when the weight has other values.
     """
     module = OP.module(backend)
-    if weight.is_inference() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    fingerprint = getattr(module, "fingerprint", None)
+    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or weight.is_inference() or not (trains or fingerprint):
         found: tuple[torch.Tensor, torch.Tensor] = module.quantize_weight(weight, scale)
         return found
-    fingerprint = module.fingerprint(weight) if hasattr(module, "fingerprint") else 0
-    now = weight._version, weight.data_ptr(), fingerprint
+    state = weight._version, weight.data_ptr(), fingerprint(weight) if fingerprint else 0
     kept = _quantised.get(weight)
     if kept is None:
         kept = _quantised[weight] = {}
     entry = kept.get((scale, backend))
-    if entry is None or entry[:3] != now:
-        with torch.inference_mode(False), torch.no_grad():  # what is kept also serves calls outside inference mode
-            entry = kept[scale, backend] = _Quantised(*now, *module.quantize_weight(weight, scale))
+    if entry is None or entry.state != state or (entry.used_up and not backward):
+        with torch.inference_mode(False), torch.no_grad():  # what is kept also serves calls outside of it
+            entry = kept[scale, backend] = _Quantised(state, *module.quantize_weight(weight, scale))
+    entry.used_up |= backward
     return entry.weight, entry.gamma
 
 
-def _forward_op(x, weight, bias, norm_weight, scale, dtype, backend):  # type: ignore[no-untyped-def]
-    (N, K), quantised = weight.shape, _quantise(weight, scale, backend)
+def _forward_op(x, weight, bias, norm_weight, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
+    (N, K), quantised = weight.shape, _quantise(weight, scale, backend, trains)
     y, *kept = OP.module(backend).forward(x.reshape(-1, K), *quantised, N, bias, norm_weight, dtype)
     return y.view(*x.shape[:-1], N), *kept
 
 
-def _forward_fake(x, weight, bias, norm_weight, scale, dtype, backend):  # type: ignore[no-untyped-def]
-    (N, K), M = weight.shape, math.prod(x.shape[:-1])  # Size.numel() would make a dynamic size a constant
+def _forward_fake(x, weight, bias, norm_weight, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
+    (N, K), M = weight.shape, x.shape[:-1].numel()
     return (
         x.new_empty(*x.shape[:-1], N, dtype=dtype),
         x.new_empty(M, K, dtype=torch.int8),
@@ -139,7 +147,7 @@ def _forward_fake(x, weight, bias, norm_weight, scale, dtype, backend):  # type:
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, norm_weight, ctx.scale, _, ctx.backend = inputs
+    x, weight, bias, norm_weight, ctx.scale, _, ctx.trains, ctx.backend = inputs
     _, codes, step, rstd = output
     ctx.mark_non_differentiable(codes, step, rstd)
     wants_x, wants_weight, _, wants_norm, *_ = ctx.needs_input_grad
@@ -155,33 +163,32 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     codes, step, rstd, x, norm_weight, weight = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:4])
-    found = _backward(grad, codes, step, rstd, x, norm_weight, weight, ctx.scale, ctx.x_dtype, wants, ctx.backend)
+    options = ctx.scale, ctx.x_dtype, wants, ctx.trains, ctx.backend
+    found = _backward(grad, codes, step, rstd, x, norm_weight, weight, *options)
     dx, dweight, dbias, dnorm_weight = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
     dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-    return dx, dweight, dbias, dnorm_weight, None, None, None
+    return dx, dweight, dbias, dnorm_weight, None, None, None, None
 
 
-def _backward_op(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, backend):  # type: ignore[no-untyped-def]
+def _backward_op(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, trains, backend):  # type: ignore[no-untyped-def]
     (N, K), none = weight.shape, grad.new_empty(0, dtype=torch.float32)
-    dx, dweight, dbias, dnorm_weight = OP.module(backend).backward(
+    found = OP.module(backend).backward(
         grad.reshape(-1, N).contiguous(),
         none.to(torch.int8) if codes is None else codes,
         *(none if t is None else t for t in (step, rstd)),
         None if x is None else x.reshape(-1, K),
-        *_quantise(weight, scale, backend),
+        *_quantise(weight, scale, backend, trains, backward=True),
         weight.shape,
         norm_weight,
         wants,
     )
-    return (
-        dx.to(x_dtype).view(*grad.shape[:-1], K) if wants[0] else grad.new_empty(0, dtype=x_dtype),
-        dweight.to(weight.dtype),
-        dbias.float(),
-        dnorm_weight if norm_weight is None else dnorm_weight.to(norm_weight.dtype),
-    )
+    dtypes = x_dtype, weight.dtype, torch.float32, torch.float32 if norm_weight is None else norm_weight.dtype
+    # outputs of an op may not be one tensor
+    dx, *others = (g.to(d) if w else g.new_empty(0, dtype=d) for g, w, d in zip(found, wants, dtypes, strict=True))
+    return dx.view(*grad.shape[:-1], K) if wants[0] else dx, *others
 
 
-def _backward_fake(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, backend):  # type: ignore[no-untyped-def]
+def _backward_fake(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, *options):  # type: ignore[no-untyped-def]
     N, K = weight.shape
     return (
         grad.new_empty((*grad.shape[:-1], K) if wants[0] else 0, dtype=x_dtype),
@@ -193,12 +200,14 @@ def _backward_fake(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dty
 
 _forward, _backward = define_differentiable(
     # y, and for the backward: the codes of x as int8 [M,K], their step [M], with a norm its factor [M], else empty
-    "bitlinear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, str scale, ScalarType dtype, str backend)"
+    "bitlinear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, str scale, ScalarType dtype, bool trains, "
+    "str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # dx, dweight, dbias in float32, dnorm_weight; empty where not wanted. Codes and step for dweight alone; rstd, x and
     # norm_weight with a norm alone
     "bitlinear_backward(Tensor grad, Tensor? codes, Tensor? step, Tensor? rstd, Tensor? x, Tensor? norm_weight, "
-    "Tensor weight, str scale, ScalarType x_dtype, bool[] wants, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor weight, str scale, ScalarType x_dtype, bool[] wants, bool trains, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_forward_op,
     forward_fake=_forward_fake,
     backward=_backward_op,

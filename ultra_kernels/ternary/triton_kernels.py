@@ -110,9 +110,9 @@ def configurations() -> Iterator[Configuration]:
     yield from bitlinear.token_configurations(norm=False, panels=True)
     yield from bitlinear.weight_configurations()
     for dtype in ("i32", *bitlinear.DTYPES):
-        for rows, t in PANELS.items():
+        for t in PANELS.values():
             yield bitlinear.configuration(
-                f"panels-{rows}-{dtype}",
+                f"panels-{t.block_m}-{dtype}",
                 panels_kernel,
                 {"x": "*i8", "codes": "*u8", "totals": "*i32", "y": f"*{dtype}", "blocks": "i32"},
                 {"INTEGER": dtype == "i32", "BLOCK_M": t.block_m, "BLOCK_N": t.block_n},
