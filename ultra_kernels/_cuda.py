@@ -18,7 +18,7 @@ from . import _native
 from ._native import DTYPES as DTYPES
 from ._version import __version__
 
-ABI = 2  # kAbi of csrc/common/library_cuda.cu
+ABI = 3  # kAbi of csrc/common/library_cuda.cu
 _proven: dict[int, tuple[str, str] | None] = {}
 
 

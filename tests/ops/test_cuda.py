@@ -21,10 +21,11 @@ import pytest
 import torch
 
 import ultra_kernels
-from ultra_kernels import _cuda, _native, derf, dyt
+from ultra_kernels import _cuda, _native, derf, dyt, pack_ternary, ternary_linear, ternary_matmul
 from ultra_kernels._dispatch import OPS, BackendUnavailable
 from ultra_kernels._testing import Case, cases, compare, run, widened
 from ultra_kernels._version import __version__
+from ultra_kernels.bitlinear.reference import quantize_tokens
 from ultra_kernels.selective_scan import cuda as scan_cuda
 from ultra_kernels.selective_scan.cases import scan_inputs
 from ultra_kernels.selective_scan.op import SEGMENT
@@ -93,10 +94,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, clean_cach
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs that a kernel forgets to write are NaN."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: _real(*a, **k).fill_(float("nan")))
+    """Outputs that a kernel forgets to write are NaN, or -7 among integers."""
+    for holder, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        real = getattr(holder, name)
+
+        def poisoned(*args, _real=real, **options):
+            t = _real(*args, **options)
+            return t.fill_(float("nan") if t.is_floating_point() else -7)
+
+        monkeypatch.setattr(holder, name, poisoned)
 
 
 @needs_emulation
@@ -291,6 +297,94 @@ def test_many_batch_rows_and_far_apart(name, gpu):
     )
 
 
+def ternary(M: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(4)
+    return (
+        torch.randint(-128, 128, (M, K), generator=g, dtype=torch.int8),
+        torch.randint(-1, 2, (N, K), generator=g, dtype=torch.int8),
+    )
+
+
+@needs_emulation
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 7, 8])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (1, 130), (33, 4), (17, 63), (5, 1000), (0, 5), (5, 0)])
+def test_ternary_products_are_exact(M, N, K, gpu, poisoned_empty):
+    """Every number of rows; columns within a block, within a warp's load, and of several loads."""
+    x, weights = ternary(M, N, K)
+    y = ternary_matmul(x, pack_ternary(weights, torch.tensor(1.0)), backend="cuda")
+    assert y.dtype == torch.int32 and torch.equal(y.long(), x.long() @ weights.long().t())
+
+
+@needs_emulation
+@pytest.mark.parametrize("value", [127, -127, -128])
+def test_extreme_ternary_sums_do_not_saturate(value, gpu):
+    K = 4100
+    x, w = torch.full((2, K), value, dtype=torch.int8), torch.ones(3, K, dtype=torch.int8)
+    w[1], w[2, ::2] = -1, 0
+    y = ternary_matmul(x, pack_ternary(w, torch.tensor(1.0)), backend="cuda")
+    assert y.tolist() == [[value * K, -value * K, value * (K // 2)]] * 2
+
+
+@needs_emulation
+@pytest.mark.parametrize(("N", "K", "splits"), [(3, 80_001, 2), (4097, 20, 1)])
+def test_few_panels_are_cut_and_many_have_small_blocks(N, K, splits, gpu, poisoned_empty):
+    assert _cuda.count("ternary_splits", -(-N // 16), -(-K // 16)) == splits
+    x, weights = ternary(2, N, K)
+    packed = pack_ternary(weights, torch.tensor(0.5))
+    y = ternary_matmul(x, packed, backend="cuda")
+    assert torch.equal(y.long(), x.long() @ weights.long().t())
+    tokens, bias = torch.randn(1, K), torch.randn(N)
+    got, want = (ternary_linear(tokens, packed, bias, backend=b) for b in ("cuda", "reference"))
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6 * float(want.abs().max()))
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("K", "offset"), [(1, 0), (61, 0), (2064, 0), (2064, 1)])
+def test_tokens_are_quantised_to_the_last_bit(K, offset, dtype, gpu):
+    """Codes and steps of the definition, ties among them, with whole vectors and element by element."""
+    x = torch.randn(6, K, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, : K // 2] = ((torch.arange(K // 2) % 127 + 0.5) * (-1.0) ** torch.arange(K // 2)).to(dtype)
+    x[1, -1], x[2], x[3] = 127.0, 0.0, 0.0
+    x[3, 0] = 3e-6
+    held = torch.empty(6 * K + offset, dtype=dtype)[offset:].view(6, K).copy_(x)
+    width = K + -K % 16
+    codes, step = torch.full((6, width), 77, dtype=torch.int8), torch.empty(6)
+    _cuda.launch("ternary_quantize", held, codes, step, 6, K, width, _native.DTYPES[dtype])
+    want, want_step = quantize_tokens(x)
+    assert torch.equal(codes[:, :K].float(), want) and not codes[:, K:].any()
+    assert torch.equal(step, want_step[:, 0])
+
+
+@needs_emulation
+def test_ternary_rows_of_nan_and_inf_are_not_hidden(gpu):
+    x, packed = torch.randn(4, 40), pack_ternary(ternary(1, 5, 40)[1], torch.tensor(0.5))
+    x[0, 2], x[1, 3], x[2] = float("nan"), -float("inf"), 0.0
+    y = ternary_linear(x, packed, torch.arange(5.0), backend="cuda")
+    assert not y[:2].isfinite().any() and torch.equal(y[2], torch.arange(5.0)) and y[3].isfinite().all()
+
+
+@needs_emulation
+def test_a_row_between_two_vectors_and_another_dtype_of_the_bias(gpu):
+    x, weights = ternary(3, 20, 48)
+    held = torch.empty(3 * 48 + 1, dtype=torch.int8)[1:].view(3, 48).copy_(x)
+    packed = pack_ternary(weights, torch.tensor(0.5))
+    assert torch.equal(ternary_matmul(held, packed, backend="cuda").long(), x.long() @ weights.long().t())
+    for dtype in (torch.float16, torch.bfloat16):
+        bias, tokens = torch.linspace(-1, 1, 40).to(dtype)[::2], torch.randn(3, 48)
+        got, want = (ternary_linear(tokens, packed, bias, backend=b) for b in ("cuda", "reference"))
+        torch.testing.assert_close(got, want)
+
+
+def test_more_rows_than_the_kernels_take_are_refused(monkeypatch):
+    monkeypatch.setattr(_cuda, "why_not", lambda *args, **options: None)
+    packed = pack_ternary(ternary(1, 5, 40)[1], torch.tensor(0.5))
+    with pytest.raises(BackendUnavailable, match="up to 8 rows, x has 9"):
+        ternary_matmul(torch.zeros(9, 40, dtype=torch.int8), packed, backend="cuda")
+    with pytest.raises(BackendUnavailable, match="up to 8 rows, x has 9"):
+        ternary_linear(torch.zeros(3, 3, 40), packed, backend="cuda")
+
+
 @needs_emulation
 def test_segments_are_those_of_the_op(gpu):
     assert _cuda.count("selective_scan_segment") == SEGMENT
@@ -355,7 +449,7 @@ def test_tensors_on_two_devices_are_refused():
 def test_another_version_or_abi_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(_cuda, "ABI", 0)
     _cuda.load.cache_clear()
-    assert "ABI 2; need" in str(_cuda.missing())
+    assert "ABI 3; need" in str(_cuda.missing())
     with pytest.raises(_cuda.CudaUnavailable, match=r"need .*, ABI 0"):
         _cuda.load()
 
