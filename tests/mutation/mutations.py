@@ -320,7 +320,50 @@ CPP = [
     ),
 ]
 
+INTERPRETED_BITLINEAR = "TRITON_INTERPRET=1 tests/ops/test_bitlinear_triton.py tests/ops/test_ternary_triton.py"
+
 TRITON = [
+    *of(
+        "ultra_kernels/bitlinear/triton_kernels.py",
+        INTERPRETED_BITLINEAR,
+        ("tl.sum(squares, axis=0) / K + 1e-6", "tl.sum(squares, axis=0) / K + 1e-3"),
+        ("tl.where(absmax < 1e-5, 1e-5, absmax)", "tl.where(absmax < 1e-5, 1e-6, absmax)"),
+        ("tl.div_rn(1.0, absmax) * 127.0", "tl.div_rn(127.0, absmax)"),
+        ("(v * factor + 12582912.0) - 12582912.0", "(v * factor + 12582912.5) - 12582912.0"),
+        ("tl.where(code == code, code, 0.0)", "tl.where(code < 127.0, code, 0.0)"),
+        ("k % 16 // 4 * 32", "k % 16 // 4 * 16"),
+        ("total += code.to(tl.int32)", "total = code.to(tl.int32)"),
+        ("total += tl.abs(tl.load(weight", "total = tl.abs(tl.load(weight"),
+        ("d = mean + 1e-5", "d = mean"),
+        ("tl.where(w > d, 1,", "tl.where(w >= d, 1,"),
+        ("scale[:, None] + tl.load(bias", "scale[:, None] - tl.load(bias"),
+        ("scale + m * by_row", "scale + m * 0"),
+        ("/ K * r * r", "/ K * r"),
+        ("r * (g - v * mean)", "r * g"),
+        ("total += g * v * tl.load(rstd", "total = g * v * tl.load(rstd"),
+        ("end = tl.minimum(begin + rows_per_block, M)", "end = M"),
+        ("dbias = dy.sum(0,", "dbias = dy[1:].sum(0,"),
+    ),
+    *of(
+        "ultra_kernels/ternary/triton_kernels.py",
+        "TRITON_INTERPRET=1 tests/ops/test_ternary_triton.py",
+        ("(packed >> 2 * s) & 3", "(packed >> 2 * s) & 1"),
+        ("(0, 2, 1, 3)", "(0, 1, 2, 3)"),
+        ("acc -= tl.load(totals", "acc += tl.load(totals"),
+        (".transpose(2, 3)", ".transpose(3, 4)"),
+        ("0 if bias is None else N,", "0,"),
+    ),
+    *of(
+        "ultra_kernels/bitlinear/op.py",
+        "tests/ops/test_bitlinear_backends.py",
+        ("entry.used_up |= backward", "entry.used_up |= False"),
+        ("entry.state != state or ", ""),
+        ("weight.is_inference() or not (trains or fingerprint)", "weight.is_inference()"),
+        ("with torch.inference_mode(False), torch.no_grad():", "with torch.no_grad():"),
+        ("if capturing or weight", "if weight"),
+        ("(codes, step) if wants_weight else (None, None)", "codes, step"),
+        ("    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)\n", ""),
+    ),
     *of(
         "ultra_kernels/sigmoid_attention/triton_kernels.py",
         "TRITON_INTERPRET=1 tests/ops/test_sigmoid_attention_triton.py tests/ops/test_all_ops.py "
@@ -439,6 +482,21 @@ CUDA = [
         "tests/ops/test_cuda.py -k 'conv and against_float64'",
         ("from >= s.begin && from < s.end) sum", "from >= s.begin) sum"),
         ("float sum = taps.bias;", "float sum = 0.0f;"),
+    ),
+    *of(
+        "csrc/ternary/ternary_cuda.cu",
+        "tests/ops/test_cuda.py -k 'ternary or few_panels or quantised_to or between_two'",
+        ("codes[i].v[r] >> 2 * s", "codes[i].v[r] >> s"),
+        ("product[m][r] - total[m]", "product[m][r] + total[m]"),
+        ("w < warps; ++w", "w < kWarps; ++w"),
+        ("(blockIdx.y * p.M + m) * p.N", "(blockIdx.y + m) * p.N"),
+        ("split < p.splits", "split < 1"),
+        ("p.step[m] * *p.scale", "p.step[0] * *p.scale"),
+        ("read(p.bias, p.bias_dtype, n)", "read(p.bias, p.bias_dtype, 0)"),
+        ("if (bits > most) most = bits;", "if (bits < most) most = bits;"),
+        ("absmax = 1e-5f;", "absmax = 1e-6f;"),
+        ("1.0f / absmax * 127.0f", "127.0f / absmax"),
+        ("step[blockIdx.x] = absmax / 127.0f", "step[blockIdx.x] = absmax / 128.0f"),
     ),
     *of("csrc/derf/derf_cuda.cu", EMULATED, ("1.1283791671f", "1.1283f")),
 ]

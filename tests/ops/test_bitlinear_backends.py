@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ultra_kernels import BackendUnavailable, bitlinear
 from ultra_kernels.bitlinear import op as bitlinear_op
@@ -210,6 +211,27 @@ def test_both_passes_of_a_step_share_what_was_quantised(backend: str, quantisati
     mean = [bitlinear(**args, backend=b) for b in (backend, "reference")]
     torch.testing.assert_close(*mean)
     assert len(quantisations) == 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_backward_recomputes_is_not_quantised_again(
+    backend: str, reentrant: bool, quantisations: list[torch.Tensor]
+) -> None:
+    """Steps of one weight, each recomputed; reentrant checkpoints run them without gradients at first."""
+    weight, x = leaves()["weight"][:, :5].detach().requires_grad_(), torch.ones(2, 5, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return bitlinear(x, weight, backend=backend)
+
+    y = x
+    for _ in range(3):
+        y = checkpoint(run, y, use_reentrant=reentrant)
+    before = len(quantisations)
+    y.sum().backward()
+    assert before == (3 if reentrant and not hasattr(OP.module(backend), "fingerprint") else 1)
+    assert len(quantisations) - before == (1 if before == 3 else 0)
+    (want,) = torch.autograd.grad(run(run(run(x))).sum(), x)
+    assert torch.equal(x.grad, want)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["no fingerprint", "fingerprint"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _native
 from .._dispatch import Op, define_differentiable, triton_why_not
@@ -93,13 +93,20 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 class _Quantised:
     """What became of a weight."""
 
-    state: tuple[int, ...]  # of the weight when it was quantised
+    state: tuple[int, int]  # of the weight when it was quantised
+    owner: weakref.ref[torch.Tensor]  # with which this entry goes
     weight: torch.Tensor  # as the backend's products take it
     gamma: torch.Tensor
     used_up: bool = False  # by a backward
 
 
-_quantised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (scale, backend) -> _Quantised
+# By the elements that a weight is of: what a backward is given may be another tensor of the same.
+_quantised: dict[tuple[Any, ...], _Quantised] = {}
+
+
+def _forget(key: tuple[Any, ...], owner: weakref.ref[torch.Tensor]) -> None:
+    if (entry := _quantised.get(key)) is not None and entry.owner is owner:
+        del _quantised[key]
 
 
 def _quantise(
@@ -108,9 +115,9 @@ def _quantise(
     """`quantize_weight` of the backend's file, kept from the first forward of a weight to its last backward.
 
     A weight counts the writes to it, but neither those of torch's fused optimizers nor those through `.data`. So a
-    forward after a backward, where optimizers come between, quantises again, and what no backward ends is kept only
-    where the backend's file has a `fingerprint` of the values. The graph of a capture quantises for itself: it is
-    replayed when the weight has other values.
+    forward after a backward, where optimizers come between, quantises again; one within a backward recomputes. What no
+    backward ends is kept only where the backend's file has a `fingerprint` of the values. The graph of a capture
+    quantises for itself: it is replayed when the weight has other values.
     """
     module = OP.module(backend)
     fingerprint = getattr(module, "fingerprint", None)
@@ -118,14 +125,14 @@ def _quantise(
     if capturing or weight.is_inference() or not (trains or fingerprint):
         found: tuple[torch.Tensor, torch.Tensor] = module.quantize_weight(weight, scale)
         return found
-    state = weight._version, weight.data_ptr(), fingerprint(weight) if fingerprint else 0
-    kept = _quantised.get(weight)
-    if kept is None:
-        kept = _quantised[weight] = {}
-    entry = kept.get((scale, backend))
+    key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, scale, backend)
+    state = weight._version, fingerprint(weight) if fingerprint else 0
+    entry = _quantised.get(key)
+    backward |= torch._C._current_graph_task_id() != -1
     if entry is None or entry.state != state or (entry.used_up and not backward):
+        owner = weakref.ref(weight, functools.partial(_forget, key))
         with torch.inference_mode(False), torch.no_grad():  # what is kept also serves calls outside of it
-            entry = kept[scale, backend] = _Quantised(state, *module.quantize_weight(weight, scale))
+            entry = _quantised[key] = _Quantised(state, owner, *module.quantize_weight(weight, scale))
     entry.used_up |= backward
     return entry.weight, entry.gamma
 

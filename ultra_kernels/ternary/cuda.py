@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,11 @@ def ternary_linear(
     return y
 
 
+@functools.cache
+def _splits(panels: int, blocks: int) -> int:
+    return count("ternary_splits", panels, blocks)
+
+
 def _multiply(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -38,7 +45,7 @@ def _multiply(
     (M, N), (panels, blocks, _) = y.shape, codes.shape
     if not y.numel():
         return
-    splits = count("ternary_splits", panels, blocks)
+    splits = _splits(panels, blocks)
     parts = x.new_empty(splits, M, N, dtype=torch.int32) if splits > 1 else None
     added = (None, 0) if bias is None else (bias.contiguous(), DTYPES[bias.dtype])
     # The C++ Product; it does not look at the dtype of int32
