@@ -9,7 +9,7 @@ import torch
 
 from ultra_kernels import bitlinear, quantize_ternary
 from ultra_kernels._testing import compare, run, widened
-from ultra_kernels.bitlinear.cases import grid_tokens, ternary_weights
+from ultra_kernels.bitlinear.cases import grid_tokens, ternary_weights, tokens_at_ties
 from ultra_kernels.bitlinear.reference import quantize_tokens, quantize_weight, rms_norm
 
 pytest.importorskip("triton")
@@ -38,6 +38,12 @@ def test_tokens_to_the_last_bit(K: int) -> None:
     want, want_step = quantize_tokens(x)
     assert codes.dtype == torch.int8 and torch.equal(codes.float(), want)
     assert torch.equal(step, want_step[:, 0]) and rstd.shape == (0,)
+
+
+@interpreted
+def test_tokens_at_ties() -> None:
+    x = tokens_at_ties(torch.Generator().manual_seed(0), 30)
+    assert torch.equal(kernels().quantize_tokens(x)[0].float(), quantize_tokens(x)[0])
 
 
 @interpreted
@@ -161,6 +167,8 @@ def test_tokens_to_the_last_bit_gpu(dtype: torch.dtype) -> None:
     x = draw(500, 1100).to(dtype)
     x[1, :500] = (torch.arange(500) % 127 + 0.5) * (-1.0) ** torch.arange(500)
     x[1, -1], x[2] = 127.0, 0.0
+    ties = tokens_at_ties(torch.Generator().manual_seed(0), 100)
+    assert torch.equal(kernels().quantize_tokens(ties.cuda())[0].cpu().float(), quantize_tokens(ties)[0])
     codes, step, _ = kernels().quantize_tokens(x.cuda())
     want, want_step = quantize_tokens(x)
     assert torch.equal(codes.cpu().float(), want) and torch.equal(step.cpu(), want_step[:, 0])

@@ -25,6 +25,7 @@ from ultra_kernels import _cuda, _native, derf, dyt, pack_ternary, ternary_linea
 from ultra_kernels._dispatch import OPS, BackendUnavailable
 from ultra_kernels._testing import Case, cases, compare, run, widened
 from ultra_kernels._version import __version__
+from ultra_kernels.bitlinear.cases import tokens_at_ties
 from ultra_kernels.bitlinear.reference import quantize_tokens
 from ultra_kernels.selective_scan import cuda as scan_cuda
 from ultra_kernels.selective_scan.cases import scan_inputs
@@ -338,6 +339,20 @@ def test_few_panels_are_cut_and_many_have_small_blocks(N, K, splits, gpu, poison
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6 * float(want.abs().max()))
 
 
+def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    (M, K), width = x.shape, x.shape[1] + -x.shape[1] % 16
+    codes, step = torch.full((M, width), 77, dtype=torch.int8), torch.empty(M)
+    _cuda.launch("ternary_quantize", x, codes, step, M, K, width, _native.DTYPES[x.dtype])
+    assert not codes[:, K:].any()
+    return codes[:, :K].float(), step
+
+
+@needs_emulation
+def test_tokens_at_ties_are_quantised_to_the_last_bit(gpu):
+    x = tokens_at_ties(torch.Generator().manual_seed(0), 30)
+    assert torch.equal(quantised(x)[0], quantize_tokens(x)[0])
+
+
 @needs_emulation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("K", "offset"), [(1, 0), (61, 0), (2064, 0), (2064, 1)])
@@ -348,12 +363,9 @@ def test_tokens_are_quantised_to_the_last_bit(K, offset, dtype, gpu):
     x[1, -1], x[2], x[3] = 127.0, 0.0, 0.0
     x[3, 0] = 3e-6
     held = torch.empty(6 * K + offset, dtype=dtype)[offset:].view(6, K).copy_(x)
-    width = K + -K % 16
-    codes, step = torch.full((6, width), 77, dtype=torch.int8), torch.empty(6)
-    _cuda.launch("ternary_quantize", held, codes, step, 6, K, width, _native.DTYPES[dtype])
+    codes, step = quantised(held)
     want, want_step = quantize_tokens(x)
-    assert torch.equal(codes[:, :K].float(), want) and not codes[:, K:].any()
-    assert torch.equal(step, want_step[:, 0])
+    assert torch.equal(codes, want) and torch.equal(step, want_step[:, 0])
 
 
 @needs_emulation

@@ -23,6 +23,14 @@ def grid_tokens(g: torch.Generator, *shape: int) -> torch.Tensor:
     return n * 2.0 ** torch.randint(-8, -4, (*shape[:-1], 1), generator=g)
 
 
+def tokens_at_ties(g: torch.Generator, rows: int) -> torch.Tensor:
+    """Float32 rows `[rows, 382]` of numbers that scale to a half and to the floats beside it: every last bit counts."""
+    absmax = 0.5 + torch.rand(rows, 1, generator=g)
+    half = (torch.arange(127) + 0.5) / (127 / absmax)
+    beside = [torch.nextafter(half, torch.tensor(limit)) for limit in (0.0, 2.0)]
+    return torch.cat([absmax, half, -beside[0], beside[1]], 1)
+
+
 def ternary_weights(g: torch.Generator, *shape: int) -> torch.Tensor:
     """Random signs and magnitudes near ¼, 1 and 1¾, equally often: γ is about 1, so |W| / γ stays away from ½."""
     count = torch.Size(shape).numel()

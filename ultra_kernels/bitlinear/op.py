@@ -131,8 +131,7 @@ def _quantise(
     backward |= torch._C._current_graph_task_id() != -1
     if entry is None or entry.state != state or (entry.used_up and not backward):
         owner = weakref.ref(weight, functools.partial(_forget, key))
-        with torch.inference_mode(False), torch.no_grad():  # what is kept also serves calls outside of it
-            entry = _quantised[key] = _Quantised(state, owner, *module.quantize_weight(weight, scale))
+        entry = _quantised[key] = _Quantised(state, owner, *module.quantize_weight(weight, scale))
     entry.used_up |= backward
     return entry.weight, entry.gamma
 
@@ -159,7 +158,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(codes, step, rstd)
     wants_x, wants_weight, _, wants_norm, *_ = ctx.needs_input_grad
     norm = norm_weight is not None and (wants_x or wants_norm)
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.x_dtype = x.dtype
     ctx.save_for_backward(
         *((codes, step) if wants_weight else (None, None)),
         *((rstd, x, norm_weight) if norm else (None, None, None)),
@@ -173,8 +172,7 @@ def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     options = ctx.scale, ctx.x_dtype, wants, ctx.trains, ctx.backend
     found = _backward(grad, codes, step, rstd, x, norm_weight, weight, *options)
     dx, dweight, dbias, dnorm_weight = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
-    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-    return dx, dweight, dbias, dnorm_weight, None, None, None, None
+    return dx, dweight, dbias, dnorm_weight, None, None, None, None  # autograd casts dbias to the dtype of the bias
 
 
 def _backward_op(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, trains, backend):  # type: ignore[no-untyped-def]
