@@ -153,7 +153,7 @@ def _forward_fake(x, weight, bias, norm_weight, scale, dtype, trains, backend): 
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, norm_weight, ctx.scale, _, ctx.trains, ctx.backend = inputs
+    x, weight, _, norm_weight, ctx.scale, _, ctx.trains, ctx.backend = inputs
     _, codes, step, rstd = output
     ctx.mark_non_differentiable(codes, step, rstd)
     wants_x, wants_weight, _, wants_norm, *_ = ctx.needs_input_grad
