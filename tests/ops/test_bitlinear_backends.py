@@ -391,8 +391,8 @@ def test_second_derivative_is_refused(backend: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"x": torch.zeros(6, 9, dtype=torch.float64)}, "not torch.float64"),
-        ({"weight": torch.zeros(5, 9, dtype=torch.float64)}, "not torch.float64"),
+        ({"x": torch.zeros(6, 9, dtype=torch.float64)}, r"not (torch\.)?float64"),
+        ({"weight": torch.zeros(5, 9, dtype=torch.float64)}, r"not (torch\.)?float64"),
         ({"bias": torch.zeros(5, device="meta")}, "x is on cpu, another tensor on meta"),
         ({"weight": torch.zeros(0, 9), "bias": None}, "the weight is empty"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def _forward_op(x, weight, bias, norm_weight, scale, dtype, trains, backend):  #
 
 
 def _forward_fake(x, weight, bias, norm_weight, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
-    (N, K), M = weight.shape, x.shape[:-1].numel()
+    (N, K), M = weight.shape, math.prod(x.shape[:-1])  # Size.numel() would make a dynamic size a constant
     return (
         x.new_empty(*x.shape[:-1], N, dtype=dtype),
         x.new_empty(M, K, dtype=torch.int8),
