@@ -125,13 +125,12 @@ def test_no_gradient_and_no_graph_break() -> None:
 
 @interpreted
 def test_opcheck() -> None:
-    from ultra_kernels.ternary import op
-
+    ops = torch.ops.ultra_kernels
     p, x = packed(5, 40), torch.randn(3, 40, requires_grad=True)
-    torch.library.opcheck(op._quantize, (torch.randn(5, 40, requires_grad=True), "mean", "triton"))
-    torch.library.opcheck(op._matmul, (integers(3, 40), p.codes, p.shape, "triton"))
+    torch.library.opcheck(ops.quantize_ternary.default, (torch.randn(5, 40, requires_grad=True), "mean", "triton"))
+    torch.library.opcheck(ops.ternary_matmul.default, (integers(3, 40), p.codes, p.shape, "triton"))
     for bias in (None, torch.ones(5)):
-        torch.library.opcheck(op._linear, (x, p.codes, p.scale, p.shape, bias, "triton"))
+        torch.library.opcheck(ops.ternary_linear.default, (x, p.codes, p.scale, p.shape, bias, "triton"))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------
