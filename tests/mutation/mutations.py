@@ -358,6 +358,7 @@ TRITON = [
         "tests/ops/test_bitlinear_backends.py",
         ("entry.used_up |= backward", "entry.used_up |= False"),
         ("entry.state != state or ", ""),
+        ("backward |= torch._C._current_graph_task_id() != -1", "backward |= False"),
         ("weight.is_inference() or not (trains or fingerprint)", "weight.is_inference()"),
         ("if capturing or weight", "if weight"),
         ("(codes, step) if wants_weight else (None, None)", "codes, step"),
