@@ -14,7 +14,6 @@ layers). Where a layer takes `linear`, that makes its projections and is called 
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -41,7 +40,7 @@ from . import (
     ternary_linear,
 )
 from .moe_ffn.reference import inner, route, segments
-from .ternary import PackedTernary
+from .ternary.op import PackedTernary, codes_shape
 
 __all__ = [
     "BitLinear",
@@ -198,7 +197,7 @@ class PackedBitLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         weight = layer.weight
         if weight.is_meta:  # has no values to round, only a shape
-            codes = torch.empty(_codes_shape(self.out_features, self.in_features), dtype=torch.uint8, device="meta")
+            codes = torch.empty(codes_shape(self.out_features, self.in_features), dtype=torch.uint8, device="meta")
             scale = torch.empty((), device="meta")
         else:
             packed = pack_ternary(*quantize_ternary(weight, scale=layer.scale))
@@ -766,14 +765,6 @@ def _experts(layers: nn.ModuleList, rows: torch.Tensor, owners: list[tuple[int, 
     for e, own in owners:
         y[own] = layers[e](rows[own])
     return y
-
-
-@functools.cache
-def _codes_shape(rows: int, columns: int) -> torch.Size:
-    """Of the codes of a packed matrix."""
-    return pack_ternary(
-        torch.zeros(rows, columns, dtype=torch.int8, device="cpu"), torch.ones(1, device="cpu")
-    ).codes.shape
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

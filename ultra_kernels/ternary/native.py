@@ -7,6 +7,7 @@ import math
 import torch
 
 from .._native import DTYPES, address, contiguous_rows, load
+from .op import codes_shape
 from .reference import unpack
 
 
@@ -84,7 +85,7 @@ def quantize_weight(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, tor
     weight = weight.contiguous()
     median = scale == "median"
     gamma = weight.abs().flatten().median().float() if median else torch.empty((), dtype=torch.float32)
-    packed = torch.empty((-(-N // 16), -(-K // 16), 64), dtype=torch.uint8)
+    packed = torch.empty(codes_shape(N, K), dtype=torch.uint8)
     load().ternary_quantize_weight(
         weight.data_ptr(), DTYPES[weight.dtype], N, K, median, gamma.data_ptr(), packed.data_ptr(),
         torch.get_num_threads(),

@@ -79,6 +79,11 @@ class PackedTernary:
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
 
 
+def codes_shape(N: int, K: int) -> tuple[int, int, int]:
+    """Of PackedTernary.codes."""
+    return -(-N // 16), -(-K // 16), 64
+
+
 def quantize_ternary(
     weight: torch.Tensor, *, scale: Literal["mean", "median"] = "mean", backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
