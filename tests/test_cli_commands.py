@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +131,13 @@ def test_bad_input(case: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_reader_may_stop_early() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "ultra", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
