@@ -12,7 +12,7 @@ namespace ULTRA_ISA {
 
 namespace {
 
-constexpr int64_t kColumns = 64, kInner = 128;  // of a tile of the right factor: 32 KB
+constexpr int64_t kColumns = 64, kInner = 128;  // of a tile of the right factor, in words: 32 KB
 // A task's output: so many rows that widening the right factor, and columns that copying the left one, costs little.
 constexpr int64_t kInputRows = 512, kInputColumns = kColumns;
 constexpr int64_t kWeightRows = 192, kWeightColumns = 4 * kColumns;
@@ -87,8 +87,9 @@ void dx_block(const OutputGradient& dy, int64_t m, int64_t rows, const TernaryMa
               float* dx) {
     const int64_t columns = at_most(w.K - k, kColumns);
     auto* weights = (int8_t*)tiles.left;  // not used otherwise: dy is read in place
-    for (int64_t n = 0; n < w.N; n += kInner) {
-        const int64_t inner = at_most(w.N - n, kInner);
+    constexpr int64_t kStep = kInner * kNumbers<Word>;
+    for (int64_t n = 0; n < w.N; n += kStep) {
+        const int64_t inner = at_most(w.N - n, kStep);
         unpack(w, n, inner, k, columns, weights);
         fill_words(inner, padded(columns), (Word*)tiles.right, kColumns,
                    [&](int64_t i, int64_t c) { return widen(weights + i * kColumns + c); });
@@ -112,8 +113,9 @@ template <typename Word, typename T>
 void dweight_block(const T* dy, int64_t dy_row, int64_t n, int64_t rows, const Int8Rows& x, int64_t k, int64_t K,
                    const Tiles& tiles, float* dweight) {
     const int64_t columns = at_most(K - k, kWeightColumns), wide = padded(rows);
-    for (int64_t m = 0; m < x.M; m += kInner) {
-        const int64_t inner = at_most(x.M - m, kInner);
+    constexpr int64_t kStep = kInner * kNumbers<Word>;
+    for (int64_t m = 0; m < x.M; m += kStep) {
+        const int64_t inner = at_most(x.M - m, kStep);
         fill_words(inner, wide, (Word*)tiles.left, wide, [&](int64_t i, int64_t c) {
             return load_up_to(dy + (m + i) * dy_row + n + c, rows - c) * x.step[m + i];
         });

@@ -8,12 +8,6 @@ import torch
 
 from .._native import DTYPES, address, contiguous_rows, load
 from .op import codes_shape
-from .reference import unpack
-
-
-def quantize_ternary(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    packed, gamma = quantize_weight(weight, scale)
-    return unpack(packed, (weight.shape[0], weight.shape[1])), gamma
 
 
 def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -54,8 +54,8 @@ _LIMITS = {"cuda": _cuda_limits, "triton": _triton_limits, "native": _native_lim
 QUANTIZE = Op(
     "quantize_ternary",
     __package__,
-    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
-    {"triton": _triton_limits, "native": _native_limits},
+    {"cuda": ("triton", "reference"), "cpu": ("reference",)},
+    {"triton": _triton_limits},
 )
 MATMUL = Op("ternary_matmul", __package__, _PRODUCTS, _LIMITS)
 LINEAR = Op("ternary_linear", __package__, _PRODUCTS, _LIMITS)
