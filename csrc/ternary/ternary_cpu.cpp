@@ -23,7 +23,7 @@ int threads_for(int64_t products, int threads) {
     return threads < most ? threads : (int)most;
 }
 
-// ---- where sums go: vector v of row m -----------------------------------------------------------------------------------
+// ---- where sums go: vector v of row m; of one past the matrix nothing is stored -------------------------------------
 struct Integers {
     int32_t* y;
     int64_t N;
@@ -56,7 +56,7 @@ template <typename T> struct Scaled {
     }
 };
 
-// ---- products -----------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 struct Rows {
     const int8_t* x;
     int64_t row, M;
@@ -176,10 +176,7 @@ static void multiply_unpacked(const Rows& x, const TernaryMatrix& w, int64_t pan
             for (; r < rows; ++r) add_unpacked<1>(x, m + r, begin * kBlockColumns, codes, count * kSlots, sums + r);
         }
         for (int64_t r = 0; r < rows; ++r)
-            for (int v = 0; v < kVectorsOfPanel; ++v) {
-                const int64_t vector = panel * kVectorsOfPanel + v;
-                if (vector * kLanes < w.N) out(m + r, vector, sums[r][v]);
-            }
+            for (int v = 0; v < kVectorsOfPanel; ++v) out(m + r, panel * kVectorsOfPanel + v, sums[r][v]);
     }
 }
 
@@ -234,7 +231,7 @@ struct Workspace {
     }
 };
 
-// ---- rounding -----------------------------------------------------------------------------------------------------------
+// ---- rounding -------------------------------------------------------------------------------------------------------
 // The largest |x|, NaN if there is one: ordered as integers, the bits of NaN are above those of infinity.
 struct Largest {
     vi bits = {};

@@ -216,7 +216,6 @@ CPP = [
         ("sums[r][v] = vi{} - x.sums[m + r];", "sums[r][v] = vi{};"),
         ("x.at(m + r) + column;", "x.at(m + r);"),
         ("for (; r < rows; ++r) add_unpacked<1>", "for (; r < 0; ++r) add_unpacked<1>"),
-        ("if (vector * kLanes < w.N) out", "if (vector < w.N) out"),
         ("const int8_t* last = x + (M - 1) * row;", "const int8_t* last = x;"),
         (
             "out = __builtin_convertvector(sum, vf) * (step[m] * scale)",
