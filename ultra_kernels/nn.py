@@ -737,7 +737,8 @@ class PackedMoE(nn.Module):
             )
             owners = segments(routes.ends)
             h = _experts(self.w_in, rows[routes.order // self.top_k], owners)
-            h = inner(h, self.activation, self.gated, None if self.sub_norm is None else self.sub_norm.weight)
+            h = inner(h, self.activation, self.gated)
+            h = h if self.sub_norm is None else self.sub_norm(h)
             out = _experts(self.w_out, h, owners)[routes.inverse].unflatten(0, routes.gates.shape)
             y = (out * routes.gates.unsqueeze(-1)).sum(1)
         return y.to(x.dtype).view(x.shape), stats

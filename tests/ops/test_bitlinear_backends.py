@@ -303,14 +303,77 @@ def test_a_captured_graph_quantises_for_itself(monkeypatch: pytest.MonkeyPatch) 
 def test_opcheck(backend: str, norm: bool) -> None:
     args = leaves()
     gain = torch.linspace(0.5, 2.0, 9, requires_grad=True) if norm else None
-    tensors = (args["x"], args["weight"], args["bias"], gain)
+    tensors = (args["x"], args["weight"], args["bias"], gain, None)
     torch.library.opcheck(bitlinear_op._forward, (*tensors, "mean", torch.float32, True, backend))
     y, codes, step, rstd = (t.detach() for t in bitlinear_op._forward(*tensors, "mean", torch.float32, True, backend))
     constants = [None if t is None else t.detach() for t in tensors]
     normed = (rstd, constants[0], constants[3]) if norm else (None, None, None)
     for wants in ([True] * 3 + [norm], [False, True, False, False], [True, False, False, False]):
-        rest = (constants[1], "mean", torch.float32, wants, True, backend)
+        rest = (constants[1], None, "mean", torch.float32, wants, True, backend)
         torch.library.opcheck(bitlinear_op._backward, (y, codes, step, *normed, *rest))
+
+
+def grouped(seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """x, weights and biases of four experts, a gain, and the ends of their rows: the second expert has none."""
+    g = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(*s, generator=g).requires_grad_() for s in ((11, 9), (4, 5, 9), (4, 5)))
+    return x, weight, bias, torch.linspace(0.5, 2.0, 9, requires_grad=True), torch.tensor([3, 3, 10, 11])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_groups_are_bitlinears_of_their_own(backend: str, norm: bool) -> None:
+    x, weight, bias, gain, ends = grouped()
+    leaves = [x, weight, bias, *([gain] if norm else [])]
+    dy = torch.randn(11, 5, generator=torch.Generator().manual_seed(1))
+
+    def one_by_one() -> torch.Tensor:
+        parts, begin = [], 0
+        for e, end in enumerate(ends.tolist()):
+            if end > begin:
+                parts.append(
+                    bitlinear(x[begin:end], weight[e], bias[e], norm_weight=gain if norm else None, backend=backend)
+                )
+            begin = end
+        return torch.cat(parts)
+
+    def together() -> torch.Tensor:
+        return bitlinear_op.grouped_bitlinear(
+            x, weight, bias, gain if norm else None, ends, "mean", torch.float32, backend
+        )
+
+    for a, b in zip(
+        (together(), *torch.autograd.grad(together(), leaves, dy)),
+        (one_by_one(), *torch.autograd.grad(one_by_one(), leaves, dy)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert not torch.autograd.grad(together(), weight, dy)[0][1].any()
+    torch.library.opcheck(
+        bitlinear_op._forward, (x, weight, bias, gain, ends, "mean", torch.float32, True, backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_no_rows_in_any_group(backend: str) -> None:
+    x, weight, bias, _, ends = grouped()
+    y = bitlinear_op.grouped_bitlinear(x[:0], weight, bias, None, ends * 0, "mean", torch.float32, backend)
+    dx, dweight = torch.autograd.grad(y.sum(), (x, weight), allow_unused=True)
+    assert y.shape == (0, 5) and not dweight.any() and (dx is None or not dx.any())
+
+
+def test_experts_are_quantised_once_in_a_forward(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their slices are new tensors at every call; what is kept belongs to the parameter."""
+    x, weight, bias, _, ends = grouped()
+    module = bitlinear_op.OP.module(backend)
+    calls, real = [], module.quantize_weight
+    monkeypatch.setattr(module, "quantize_weight", lambda w, scale: calls.append(w.shape) or real(w, scale))
+    for _ in range(2):
+        y = bitlinear_op.grouped_bitlinear(x, weight, bias, None, ends, "mean", torch.float32, backend)
+    assert len(calls) == 3
+    y.sum().backward()
+    assert len(calls) == 3
+    bitlinear_op.grouped_bitlinear(x, weight, bias, None, ends, "mean", torch.float32, backend)
+    assert len(calls) == 6
 
 
 def test_a_compiled_graph_follows_the_weight(backend: str) -> None:

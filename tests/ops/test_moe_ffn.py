@@ -191,7 +191,8 @@ def test_bitnet_experts_are_bitlinear_layers(gated, sub_norm, dtype):
     """With all tokens in one expert the op is two BitLinear layers to the last bit: all rounding decisions agree."""
     a = inputs(E=1, gated=gated, dtype=dtype)
     norm = torch.linspace(0.5, 2, 5) if sub_norm else None
-    y, _ = moe_ffn(**a, top_k=1, activation="relu2", gated=gated, bitnet=True, sub_norm=norm)
+    options = {"top_k": 1, "activation": "relu2", "gated": gated, "bitnet": True, "sub_norm": norm}
+    y, _ = moe_ffn(**a, **options, backend="reference")
     h = bitlinear(a["x"], a["w_in"][0], a["b_in"][0], backend="reference").float()
     h = h[:, :5].relu().square() * h[:, 5:] if gated else h.relu().square()
     assert torch.equal(y, reference_bitlinear(h, a["w_out"][0], a["b_out"][0], norm, "mean", dtype))

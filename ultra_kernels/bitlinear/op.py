@@ -77,8 +77,39 @@ def bitlinear(
     dtype = matmul_dtype(x)
     if chosen == "reference":
         return reference.bitlinear(x, weight, bias, norm_weight, scale, dtype)
+    return _bitlinear(x, weight, bias, norm_weight, None, scale, dtype, chosen)
+
+
+def grouped_bitlinear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    ends: torch.Tensor,
+    scale: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    """`bitlinear` with weight[e] and bias[e] for the rows ends[e−1] <= r < ends[e] of x, each with a scale of its own.
+
+    x `[S, K]`, weight `[E, N, K]`, bias `[E, N]`, norm_weight `[K]` of all, ends int64 `[E]`; returns `[S, N]` in
+    `dtype`. backend: one of `bitlinear` but the reference. For `moe_ffn`, which has checked all of it.
+    """
+    return _bitlinear(x, weight, bias, norm_weight, ends, scale, dtype, backend)
+
+
+def _bitlinear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    scale: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
     trains = torch.is_grad_enabled() and weight.requires_grad
-    y: torch.Tensor = _forward(x, weight, bias, norm_weight, scale, dtype, trains, chosen)[0]
+    y: torch.Tensor = _forward(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend)[0]
     return y
 
 
@@ -131,20 +162,42 @@ def _quantise(
     entry = _quantised.get(key)
     backward |= torch._C._current_graph_task_id() != -1
     if entry is None or entry.state != state or (entry.used_up and not backward):
-        owner = weakref.ref(weight, functools.partial(_forget, key))
+        whole = weight if weight._base is None else weight._base  # of one expert
+        owner = weakref.ref(whole, functools.partial(_forget, key))
         entry = _quantised[key] = _Quantised(state, owner, *module.quantize_weight(weight, scale))
     entry.used_up |= backward
     return entry.weight, entry.gamma
 
 
-def _forward_op(x, weight, bias, norm_weight, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
-    (N, K), quantised = weight.shape, _quantise(weight, scale, backend, trains)
-    y, *kept = OP.module(backend).forward(x.reshape(-1, K), *quantised, N, bias, norm_weight, dtype)
+def _groups(ends):  # type: ignore[no-untyped-def]
+    """(index of its matrix, its rows) of every group that has rows; one group, (..., all) without ends."""
+    if ends is None:
+        return [(..., slice(None))]
+    stops = ends.tolist()
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if b > a]
+
+
+def _forward_op(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
+    N, K = weight.shape[-2:]
+    rows = x.reshape(-1, K)
+    found = [
+        OP.module(backend).forward(
+            rows[own], *_quantise(weight[e], scale, backend, trains), N, None if bias is None else bias[e],
+            norm_weight, dtype,
+        )
+        for e, own in _groups(ends)
+    ]  # fmt: skip
+    if len(found) == 1:
+        y, *kept = found[0]
+    elif found:
+        y, *kept = (torch.cat(parts) for parts in zip(*found, strict=True))
+    else:  # no rows at all
+        y, *kept = _forward_fake(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend)
     return y.view(*x.shape[:-1], N), *kept
 
 
-def _forward_fake(x, weight, bias, norm_weight, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
-    (N, K), M = weight.shape, math.prod(x.shape[:-1])  # Size.numel() would make a dynamic size a constant
+def _forward_fake(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
+    (N, K), M = weight.shape[-2:], math.prod(x.shape[:-1])  # Size.numel() would make a dynamic size a constant
     return (
         x.new_empty(*x.shape[:-1], N, dtype=dtype),
         x.new_empty(M, K, dtype=torch.int8),
@@ -154,7 +207,7 @@ def _forward_fake(x, weight, bias, norm_weight, scale, dtype, trains, backend): 
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, _, norm_weight, ctx.scale, _, ctx.trains, ctx.backend = inputs
+    x, weight, _, norm_weight, ends, ctx.scale, _, ctx.trains, ctx.backend = inputs
     _, codes, step, rstd = output
     ctx.mark_non_differentiable(codes, step, rstd)
     wants_x, wants_weight, _, wants_norm, *_ = ctx.needs_input_grad
@@ -164,55 +217,88 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         *((codes, step) if wants_weight else (None, None)),
         *((rstd, x, norm_weight) if norm else (None, None, None)),
         weight,
+        ends,
     )
 
 
 def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    codes, step, rstd, x, norm_weight, weight = ctx.saved_tensors
+    codes, step, rstd, x, norm_weight, weight, ends = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:4])
     options = ctx.scale, ctx.x_dtype, wants, ctx.trains, ctx.backend
-    found = _backward(grad, codes, step, rstd, x, norm_weight, weight, *options)
+    found = _backward(grad, codes, step, rstd, x, norm_weight, weight, ends, *options)
     dx, dweight, dbias, dnorm_weight = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
-    return dx, dweight, dbias, dnorm_weight, None, None, None, None  # autograd casts dbias to the dtype of the bias
+    return (
+        dx,
+        dweight,
+        dbias,
+        dnorm_weight,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )  # autograd casts dbias to the dtype of the bias
 
 
-def _backward_op(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, trains, backend):  # type: ignore[no-untyped-def]
-    (N, K), none = weight.shape, grad.new_empty(0, dtype=torch.float32)
-    found = OP.module(backend).backward(
-        grad.reshape(-1, N).contiguous(),
-        none.to(torch.int8) if codes is None else codes,
-        *(none if t is None else t for t in (step, rstd)),
-        None if x is None else x.reshape(-1, K),
-        *_quantise(weight, scale, backend, trains, backward=True),
-        weight.shape,
-        norm_weight,
-        wants,
-    )
+def _backward_op(  # type: ignore[no-untyped-def]
+    grad, codes, step, rstd, x, norm_weight, weight, ends, scale, x_dtype, wants, trains, backend
+):
+    N, K = weight.shape[-2:]
+    none, no_codes = grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.int8)
+    dy, x = grad.reshape(-1, N).contiguous(), None if x is None else x.reshape(-1, K)
+    found = [
+        (e, own, OP.module(backend).backward(
+            dy[own],
+            no_codes if codes is None else codes[own],
+            *(none if t is None else t[own] for t in (step, rstd)),
+            None if x is None else x[own],
+            *_quantise(weight[e], scale, backend, trains, backward=True),
+            (N, K),
+            norm_weight,
+            wants,
+        ))
+        for e, own in _groups(ends)
+    ]  # fmt: skip
     dtypes = x_dtype, weight.dtype, torch.float32, torch.float32 if norm_weight is None else norm_weight.dtype
+    if ends is None:
+        sums = found[0][2]
+    else:
+        shapes = (len(dy), K), weight.shape, weight.shape[:-1], (K,)
+        sums = dx, dweight, dbias, dnorm_weight = [
+            none.new_zeros(n if w else 0) for n, w in zip(shapes, wants, strict=True)
+        ]
+        for e, own, (gx, gweight, gbias, gnorm_weight) in found:
+            for total, at, g, w in ((dx, own, gx, 0), (dweight, e, gweight, 1), (dbias, e, gbias, 2)):
+                if wants[w]:
+                    total[at] = g
+            if wants[3]:
+                dnorm_weight += gnorm_weight
     # outputs of an op may not be one tensor
-    dx, *others = (g.to(d) if w else g.new_empty(0, dtype=d) for g, w, d in zip(found, wants, dtypes, strict=True))
+    dx, *others = (g.to(d) if w else g.new_empty(0, dtype=d) for g, w, d in zip(sums, wants, dtypes, strict=True))
     return dx.view(*grad.shape[:-1], K) if wants[0] else dx, *others
 
 
-def _backward_fake(grad, codes, step, rstd, x, norm_weight, weight, scale, x_dtype, wants, *options):  # type: ignore[no-untyped-def]
-    N, K = weight.shape
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad, codes, step, rstd, x, norm_weight, weight, ends, scale, x_dtype, wants, *options
+):
+    K = weight.shape[-1]
     return (
         grad.new_empty((*grad.shape[:-1], K) if wants[0] else 0, dtype=x_dtype),
-        weight.new_empty((N, K) if wants[1] else 0),
-        grad.new_empty(N if wants[2] else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape if wants[1] else 0),
+        grad.new_empty(weight.shape[:-1] if wants[2] else 0, dtype=torch.float32),
         weight.new_empty(K if wants[3] else 0, dtype=torch.float32 if norm_weight is None else norm_weight.dtype),
     )
 
 
 _forward, _backward = define_differentiable(
     # y, and for the backward: the codes of x as int8 [M,K], their step [M], with a norm its factor [M], else empty
-    "bitlinear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, str scale, ScalarType dtype, bool trains, "
-    "str backend)"
+    "bitlinear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? ends, str scale, ScalarType dtype, "
+    "bool trains, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # dx, dweight, dbias in float32, dnorm_weight; empty where not wanted. Codes and step for dweight alone; rstd, x and
     # norm_weight with a norm alone
     "bitlinear_backward(Tensor grad, Tensor? codes, Tensor? step, Tensor? rstd, Tensor? x, Tensor? norm_weight, "
-    "Tensor weight, str scale, ScalarType x_dtype, bool[] wants, bool trains, str backend)"
+    "Tensor weight, Tensor? ends, str scale, ScalarType x_dtype, bool[] wants, bool trains, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_forward_op,
     forward_fake=_forward_fake,

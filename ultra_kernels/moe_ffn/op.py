@@ -7,11 +7,27 @@ from typing import Literal
 import torch
 
 from .._dispatch import Op
+from ..bitlinear.op import OP as BITLINEAR
 from ..bitlinear.op import matmul_dtype
 from . import reference
 from .reference import MoEStats
 
-OP = Op("moe_ffn", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+
+def _triton_limits(x: torch.Tensor, *tensors: torch.Tensor, bitnet: bool = True) -> str | None:
+    """Those of `bitlinear`, whose kernels the experts of bitnet=True run on."""
+    return BITLINEAR.why_not("triton", x, *tensors) if bitnet else "the Triton kernels are for bitnet=True"
+
+
+def _native_limits(x: torch.Tensor, *tensors: torch.Tensor, bitnet: bool = True) -> str | None:
+    return BITLINEAR.why_not("native", x, *tensors) if bitnet else "the C++ kernels are for bitnet=True"
+
+
+OP = Op(
+    "moe_ffn",
+    __package__,
+    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
+    {"triton": _triton_limits, "native": _native_limits},
+)
 
 
 def moe_ffn(
@@ -72,8 +88,8 @@ def moe_ffn(
         raise ValueError(f"moe_ffn: bitnet_scale {bitnet_scale!r} is unknown; it must be 'mean' or 'median'")
     if normalize_gates is None:
         normalize_gates = top_k > 1
-    OP.choose(backend, x)
+    chosen = OP.choose(backend, x, w_in, w_out, bitnet=bitnet)
     return reference.moe_ffn(
         x, router_logits, w_in, w_out, top_k, activation, gated, b_in, b_out, normalize_gates, select_bias, sub_norm,
-        bitnet_scale if bitnet else None, matmul_dtype(x),
+        bitnet_scale if bitnet else None, matmul_dtype(x), chosen,
     )  # fmt: skip

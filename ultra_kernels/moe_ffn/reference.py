@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from .._dispatch import define_differentiable
+from ..bitlinear.op import grouped_bitlinear
 from ..bitlinear.reference import fake_quantize_tokens, fake_quantize_weight, rms_norm
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -125,11 +126,17 @@ def moe_ffn(
     sub_norm: torch.Tensor | None,
     bitnet_scale: str | None,
     dtype: torch.dtype,
+    bitlinear_backend: str = "reference",
 ) -> tuple[torch.Tensor, MoEStats]:
     """`dtype` is that of the matrix products and of y; bitnet_scale None: experts in full precision."""
     routes, stats = route(router_logits, top_k, normalize_gates, select_bias)
 
-    def expert_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def expert_linear(
+        rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if bitnet_scale is not None and bitlinear_backend != "reference":
+            return grouped_bitlinear(rows, weight, bias, norm, routes.ends, bitnet_scale, dtype, bitlinear_backend)
+        rows = rows if norm is None else rms_norm(rows, norm)
         if bitnet_scale is not None:
             # One scale per expert: the weights are quantised matrix by matrix.
             weight = torch.stack([fake_quantize_weight(w, bitnet_scale, dtype) for w in weight.unbind(0)])
@@ -137,8 +144,8 @@ def moe_ffn(
         return _grouped_linear(rows.to(dtype), weight.to(dtype), bias, routes.ends)
 
     h = expert_linear(_Take.apply(x, routes.order // top_k, routes.inverse, top_k), w_in, b_in)
-    h_wide = inner(h, activation, gated, sub_norm)
-    out = _Take.apply(expert_linear(h_wide, w_out, b_out), routes.inverse, routes.order, 1)
+    h_wide = inner(h, activation, gated)
+    out = _Take.apply(expert_linear(h_wide, w_out, b_out, sub_norm), routes.inverse, routes.order, 1)
     y = (out.unflatten(0, routes.gates.shape) * routes.gates.unsqueeze(-1)).sum(1).to(dtype)
     return y, stats
 
@@ -176,7 +183,7 @@ def route(
     return Routes(gates, order, inverse, ends), MoEStats(counts, probs.sum(0) / tokens, z)
 
 
-def inner(h: torch.Tensor, activation: str, gated: bool, sub_norm: torch.Tensor | None) -> torch.Tensor:
+def inner(h: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
     """What stands between the two products of an expert, in promote_types(h.dtype, float32)."""
     act = ACTIVATIONS[activation]
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -185,4 +192,4 @@ def inner(h: torch.Tensor, activation: str, gated: bool, sub_norm: torch.Tensor 
         wide = act(gate) * up
     else:
         wide = act(wide)
-    return wide if sub_norm is None else rms_norm(wide, sub_norm)
+    return wide
