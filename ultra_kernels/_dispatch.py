@@ -62,11 +62,11 @@ class Op:
         """The file that holds `backend`."""
         return importlib.import_module(f"{self.kernels}.{_FILES[backend]}")
 
-    def why_not(self, backend: str, *args: Any, **options: Any) -> str | None:
+    def why_not(self, backend: str, *args: Any) -> str | None:
         """None when `backend` can run a call with these arguments, otherwise the reason."""
-        return None if backend == "reference" else self._why_not[backend](*args, **options)
+        return None if backend == "reference" else self._why_not[backend](*args)
 
-    def choose(self, backend: str | None, tensor: torch.Tensor, *args: Any, **options: Any) -> str:
+    def choose(self, backend: str | None, tensor: torch.Tensor, *args: Any) -> str:
         """The backend that runs a call whose first tensor is `tensor`. Raises BackendUnavailable, ValueError."""
         asked = backend or (_forced[-1] if _forced else None) or os.environ.get("ULTRA_BACKEND") or None
         if asked is not None and (backend is not None or asked in self.names):
@@ -75,7 +75,7 @@ class Op:
             reason = (
                 f"{self.name} has no such backend; it has {', '.join(self.names)}"
                 if asked not in self.names
-                else self.why_not(asked, tensor, *args, **options)
+                else self.why_not(asked, tensor, *args)
             )
             if reason is not None:
                 raise BackendUnavailable(f"{self.name}: backend {asked!r} cannot run this call: {reason}")
@@ -83,7 +83,7 @@ class Op:
         if asked is not None and asked not in BACKENDS:
             raise ValueError(f"ULTRA_BACKEND={asked!r} is unknown; known are {', '.join(BACKENDS)}")
         for name in self.order.get(tensor.device.type, ()):
-            reason = self.why_not(name, tensor, *args, **options)
+            reason = self.why_not(name, tensor, *args)
             if reason is None:
                 return name
             if not torch.compiler.is_compiling():

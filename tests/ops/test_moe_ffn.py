@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from ultra_kernels import bitlinear, moe_ffn
+from ultra_kernels._dispatch import OPS
 from ultra_kernels.bitlinear.reference import bitlinear as reference_bitlinear
 from ultra_kernels.moe_ffn.cases import distinct_logits
 
@@ -196,6 +197,22 @@ def test_bitnet_experts_are_bitlinear_layers(gated, sub_norm, dtype):
     h = bitlinear(a["x"], a["w_in"][0], a["b_in"][0], backend="reference").float()
     h = h[:, :5].relu().square() * h[:, 5:] if gated else h.relu().square()
     assert torch.equal(y, reference_bitlinear(h, a["w_out"][0], a["b_out"][0], norm, "mean", dtype))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("sub_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitnet_experts_on_the_kernels_of_bitlinear(gated, sub_norm, dtype):
+    if (reason := OPS["bitlinear"].why_not("native", torch.zeros(1))) is not None:
+        pytest.skip(reason)
+    a = inputs(E=1, gated=gated, dtype=dtype)
+    norm = torch.linspace(0.5, 2, 5) if sub_norm else None
+    y, _ = moe_ffn(**a, top_k=1, activation="relu2", gated=gated, bitnet=True, sub_norm=norm, backend="native")
+    h = bitlinear(a["x"], a["w_in"][0], a["b_in"][0], backend="native").float()
+    h = h[:, :5].relu().square() * h[:, 5:] if gated else h.relu().square()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        want = bitlinear(h, a["w_out"][0], a["b_out"][0], norm_weight=norm, backend="native")
+    assert torch.equal(y, want)
 
 
 def test_autocast_multiplies_in_the_autocast_dtype_and_routes_in_float32():

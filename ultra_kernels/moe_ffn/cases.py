@@ -108,7 +108,6 @@ def _case(
         # the longest: a weight's gradient over its tokens, or dx through both products
         reduction=max(T * k, D * rows_in),
         elements=2 * T * D + T * E + E * (rows_in + F) * D,
-        refused_by=() if bitnet else ("native", "triton"),
         flops=2 * T * k * D * (rows_in + F),
         bench=bench,
         # Hidden activations in half precision fall on other sides of ties; tests/ops/test_moe_ffn.py has those.

@@ -13,21 +13,7 @@ from . import reference
 from .reference import MoEStats
 
 
-def _triton_limits(x: torch.Tensor, *tensors: torch.Tensor, bitnet: bool = True) -> str | None:
-    """Those of `bitlinear`, whose kernels the experts of bitnet=True run on."""
-    return BITLINEAR.why_not("triton", x, *tensors) if bitnet else "the Triton kernels are for bitnet=True"
-
-
-def _native_limits(x: torch.Tensor, *tensors: torch.Tensor, bitnet: bool = True) -> str | None:
-    return BITLINEAR.why_not("native", x, *tensors) if bitnet else "the C++ kernels are for bitnet=True"
-
-
-OP = Op(
-    "moe_ffn",
-    __package__,
-    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
-    {"triton": _triton_limits, "native": _native_limits},
-)
+OP = Op("moe_ffn", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
 
 
 def moe_ffn(
@@ -55,7 +41,7 @@ def moe_ffn(
     select_bias are chosen; the bias (no gradient) plays no other part. Every token reaches all its experts.
     `gated`: w_in has 2F rows, 0..F−1 the gate, and h = act(gate) · up. gelu is the erf form, relu2 is relu squared.
     `sub_norm` `[F]`: RMSNorm (eps 1e-6) of h. `bitnet`: tokens and each expert's matrices are fake-quantised as in
-    `bitlinear` with scale=bitnet_scale. An expert without tokens gets zero gradients.
+    `bitlinear` with scale=bitnet_scale, on its backends. An expert without tokens gets zero gradients.
 
     x `[T, D]`, router_logits `[T, E]`, w_in `[E, F, D]` (gated: `[E, 2F, D]`), w_out `[E, D, F]`, b_in `[E, F]` or
     `[E, 2F]`, b_out `[E, D]`, select_bias `[E]`. Returns y `[T, D]` in x's dtype (under autocast in that dtype) and
@@ -88,7 +74,7 @@ def moe_ffn(
         raise ValueError(f"moe_ffn: bitnet_scale {bitnet_scale!r} is unknown; it must be 'mean' or 'median'")
     if normalize_gates is None:
         normalize_gates = top_k > 1
-    chosen = OP.choose(backend, x, w_in, w_out, bitnet=bitnet)
+    chosen = (BITLINEAR if bitnet else OP).choose(backend, x, w_in, w_out)
     return reference.moe_ffn(
         x, router_logits, w_in, w_out, top_k, activation, gated, b_in, b_out, normalize_gates, select_bias, sub_norm,
         bitnet_scale if bitnet else None, matmul_dtype(x), chosen,
