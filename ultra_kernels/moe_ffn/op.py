@@ -12,7 +12,6 @@ from ..bitlinear.op import matmul_dtype
 from . import reference
 from .reference import MoEStats
 
-
 OP = Op("moe_ffn", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
 
 
