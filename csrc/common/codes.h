@@ -18,7 +18,7 @@ typedef __m512i Codes;
 typedef __m512i Quad;
 typedef vi Partial;
 constexpr int64_t kMostQuads = INT64_MAX;  // of codes up to 2: where int32 wraps, the subtraction wraps back
-constexpr int64_t kMostScaledQuads = 1 << 14;  // 192 · 128 · 4 each
+constexpr int64_t kMostScaledQuads = 1 << 14;  // 2 · 64 · 4 · 128 each: half of 2^31
 static inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline Quad splat_quad(const int8_t* p) { int32_t q; memcpy(&q, p, 4); return _mm512_set1_epi32(q); }
 static inline void multiply_add(Partial& to, Codes c, Quad x) { to = (vi)_mm512_dpbusd_epi32((__m512i)to, c, x); }
@@ -43,7 +43,7 @@ static inline void multiply_add(Partial& to, Codes c, Quad x) {
     to += (Partial)_mm256_maddubs_epi16(c, x);
 }
 static inline vi total(Partial p) { return (vi)_mm256_madd_epi16((__m256i)p, _mm256_set1_epi16(1)); }
-constexpr bool kScaledSlots = false;  // 192 · 128 · 2 does not fit 16 bits
+constexpr bool kScaledSlots = false;  // 128 · 128 · 2 does not fit 16 bits
 static inline Codes slot(Codes packed, int s) {
     return _mm256_and_si256(_mm256_srli_epi16(packed, 2 * s), _mm256_set1_epi8(3));
 }
