@@ -8,6 +8,7 @@
 #include "dyt/dyt.h"
 #include "hope_attention/hope_attention.h"
 #include "retention/retention.h"
+#include "rotary/rotary.h"
 #include "selective_scan/selective_scan.h"
 #include "sigmoid_attention/sigmoid_attention.h"
 #include "ternary/ternary.h"
@@ -24,7 +25,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 4;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 5;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 
@@ -263,6 +264,13 @@ PYBIND11_MODULE(_C, m) {
         ultra::SigmoidGradients g{head_rows(o), head_rows(dout), head_rows(dq), head_rows(dk), head_rows(dv),
                                   fout(dbias)};
         ULTRA_PICK(sigmoid_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+
+    m.def("rotary", [](const Ints& n, const Ints& x, const Ints& y, const Ints& positions, const Ints& rotations,
+                       bool back, int threads) {
+        ultra::Positions places{ptr<const char>(positions[0]), positions[1], positions[2], positions[3] != 0};
+        ultra::Rotations tables{fin(rotations[0]), fin(rotations[1]), rotations[2], rotations[3]};
+        ULTRA_PICK(rotary)({n[0], n[1], n[2], n[3], head_rows(x), head_rows(y), places, tables, back}, threads);
     }, Nogil());
 
     m.def("conv_forward", [](const Ints& sizes, const Ints& x, Address weight, Address bias, Address cu_seqlens,

@@ -79,8 +79,14 @@ static inline void store_scalar(FP16* p, float x) { _Float16 h = (_Float16)x; me
 // ---- vector loads and stores ----------------------------------------------------------------------------------------
 static inline vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
 static inline vf load(const BF16* p) {
+#if defined(__AVX512F__)  // compilers widen a vector of 16 in halves, and narrow it with a table
+    return as_float((vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+    return as_float((vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
     vh h; memcpy(&h, p, sizeof h);
     return as_float(__builtin_convertvector(h, vi) << 16);
+#endif
 }
 static inline vf load(const FP16* p) {
     typedef _Float16 vhf __attribute__((vector_size(kLanes * 2)));
@@ -92,9 +98,15 @@ static inline void store(BF16* p, vf v) {
     vi u = as_int(v);
     vi rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vi nan = (u >> 16) | 0x40;
+#if defined(__AVX512F__)
+    const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i bits = _mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)nan);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bits));
+#else
     vi is_nan = (u & 0x7fffffff) > 0x7f800000;
     vh h = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), vh);
     memcpy(p, &h, sizeof h);
+#endif
 }
 static inline void store(FP16* p, vf v) {
     typedef _Float16 vhf __attribute__((vector_size(kLanes * 2)));

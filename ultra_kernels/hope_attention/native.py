@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .._native import address, contiguous_rows, head_rows, load, sequences
+from .._rotations import frequencies, rotations
 from .op import rates
 
 
@@ -102,17 +103,6 @@ def _decays(K: int, base: float, mode: str, damping: float) -> tuple[torch.Tenso
     return *padded, torch.where(apart < tiny, 0.0, apart).float()
 
 
-@functools.lru_cache(4)
-def _rotations(T: int, K: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cosine and sine of HopeTables."""
-    frequency = theta ** (torch.arange(0, K, 2, dtype=torch.float64) / -K)
-    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
-    pad = (0, -K % load().hope_columns)
-    cosine, sine = (torch.stack(pair, -1).flatten(1).float() for pair in
-                    ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin())))  # fmt: skip
-    return F.pad(cosine, pad).contiguous(), F.pad(sine, pad).contiguous()
-
-
 def _problem(  # type: ignore[no-untyped-def]
     q, k, v, damping, base, mode, scale, causal, rotary_heads, rotary_theta, prefix_k, prefix_v, cu_seqlens, lse
 ):
@@ -123,11 +113,12 @@ def _problem(  # type: ignore[no-untyped-def]
     longest = T if borders is None else int(borders.diff().max()) if len(borders) > 1 else 0
     decays = _decays(K, base, mode, float(damping))
     # to the next power of two: packed batches differ in their longest sequence, and tables are kept
-    rotations = _rotations(1 << longest.bit_length(), K, rotary_theta) if rotary_heads else (None, None)
+    rows = 1 << longest.bit_length()
+    turns = rotations(0, rows, frequencies(K, rotary_theta)) if rotary_heads else (None, None)
     prefix = [None if x is None else contiguous_rows(x.to(q.dtype))[None] for x in (prefix_k, prefix_v)]
     problem = load().HopeProblem(
         (B, T, H, K, v.shape[-1], rotary_heads, 0 if prefix_k is None else len(prefix_k)), head_rows(q), head_rows(k),
-        head_rows(v), *(head_rows(x) for x in prefix), [address(t) for t in (*decays, *rotations)], scale, causal,
+        head_rows(v), *(head_rows(x) for x in prefix), [address(t) for t in (*decays, *turns)], scale, causal,
         lse.data_ptr(), address(borders), sequences(q, cu_seqlens),
     )  # fmt: skip
-    return problem, (q, k, v, borders, decays, rotations, prefix, lse)
+    return problem, (q, k, v, borders, decays, turns, prefix, lse)
