@@ -8,8 +8,8 @@
 namespace ultra {
 namespace ULTRA_ISA {
 
-constexpr int64_t kAhead = 4;         // tokens that are asked for before their turn: half the time beyond the cache
-constexpr int64_t kBlock = 1 << 14;  // numbers of a block: a small call runs on one thread
+constexpr int64_t kAhead = 4;        // tokens that are asked for before their turn: half the time beyond the cache
+constexpr int64_t kBlock = 1 << 16;  // numbers of a block; of smaller blocks more is asked for by the wrong thread
 
 // All heads of one token; back: by the negated angle.
 template <bool back, typename T>

@@ -381,7 +381,7 @@ TRITON = [
         ("theta, inv_freq, True)", "theta, inv_freq, False)"),
         ("x = contiguous_rows(x)", "x = x"),
         ("largest < first + size", "largest <= first + size"),
-        ("4 * positions.numel()", "5 * positions.numel()"),
+        ("4 * positions.numel()", "8 * positions.numel()"),
     ),
     *of(
         "ultra_kernels/_rotations.py",

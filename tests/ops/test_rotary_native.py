@@ -199,7 +199,7 @@ def test_other_numbers_do_not_matter(library: None) -> None:
 
 
 def test_threads_change_no_bit() -> None:
-    x, at, before = rand(3, 400, 3, 16), torch.arange(400), torch.get_num_threads()
+    x, at, before = rand(3, 2000, 3, 16), torch.arange(2000), torch.get_num_threads()
     found = []
     try:
         for n in (1, 2, 5):
