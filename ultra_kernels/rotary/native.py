@@ -22,7 +22,7 @@ def backward(grad: torch.Tensor, positions: torch.Tensor, theta: float, inv_freq
 def _turned(
     x: torch.Tensor, positions: torch.Tensor, theta: float, inv_freq: torch.Tensor | None, back: bool
 ) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     if x.numel():
         x = contiguous_rows(x)
         frequency = frequencies(x.shape[3], theta) if inv_freq is None else tuple(inv_freq.tolist())
