@@ -7,6 +7,7 @@
 #include "derf/derf.h"
 #include "dyt/dyt.h"
 #include "hope_attention/hope_attention.h"
+#include "moe_ffn/moe_ffn.h"
 #include "retention/retention.h"
 #include "rotary/rotary.h"
 #include "selective_scan/selective_scan.h"
@@ -25,7 +26,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 5;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 6;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 
@@ -146,6 +147,20 @@ struct HopeProblem : ultra::HopeProblem {
         this->tables = {fin(tables[0]), fin(tables[1]), fin(tables[2]), fin(tables[3]),
                         fin(tables[4]), fin(tables[5]), fin(tables[6])};
         this->scale = scale, this->causal = causal, this->lse = fout(lse);
+    }
+};
+
+struct MoEProblem : ultra::MoEProblem {
+    // Sizes are (tokens, E, top_k, D, F), routes (gates, order, inverse, ends).
+    MoEProblem(std::array<int64_t, 5> sizes, bool gated, int activation, int dtype, Address x, int64_t x_row,
+               std::array<Address, 4> routes, Address w_in, Address w_out, Address b_in, Address b_out,
+               Address sub_norm, Address hidden) {
+        tokens = sizes[0], experts = sizes[1], top_k = sizes[2], D = sizes[3], F = sizes[4];
+        this->gated = gated, this->activation = activation, this->dtype = dtype;
+        this->x = in(x), this->x_row = x_row, gates = fin(routes[0]), order = ptr<int64_t>(routes[1]);
+        inverse = ptr<int64_t>(routes[2]), ends = ptr<int64_t>(routes[3]);
+        this->w_in = in(w_in), this->w_out = in(w_out), this->hidden = out(hidden);
+        this->b_in = fin(b_in), this->b_out = fin(b_out), this->sub_norm = fin(sub_norm);
     }
 };
 
@@ -333,5 +348,25 @@ PYBIND11_MODULE(_C, m) {
                                         int64_t M, int64_t K, Address dx, Address dweight, Address parts, int threads) {
         ULTRA_PICK(bitlinear_norm_backward)(fin(grad), in(x), x_row, dtype, fin(rstd), fin(weight), M, K, out(dx),
                                             fout(dweight), fout(parts), threads);
+    }, Nogil());
+
+    py::class_<MoEProblem>(m, "MoEProblem")
+        .def(py::init<std::array<int64_t, 5>, bool, int, int, Address, int64_t, std::array<Address, 4>, Address,
+                      Address, Address, Address, Address, Address>());
+    m.def("moe_forward_scratch", [](const MoEProblem& p, int threads) {
+        return ULTRA_PICK(moe_forward_scratch)(p, threads);
+    });
+    m.def("moe_backward_scratch", [](const MoEProblem& p, int threads) {
+        return ULTRA_PICK(moe_backward_scratch)(p, threads);
+    });
+    m.def("moe_forward", [](const MoEProblem& p, Address y, Address scratch, int threads) {
+        ULTRA_PICK(moe_forward)(p, out(y), fout(scratch), threads);
+    }, Nogil());
+    m.def("moe_backward", [](const MoEProblem& p, Address dy, int64_t dy_row, Address dx, Address dgates, Address dw_in,
+                             Address dw_out, Address db_in, Address db_out, Address dsub_norm, Address scratch,
+                             int threads) {
+        ultra::MoEGradients g{in(dy), dy_row, out(dx), fout(dgates), out(dw_in), out(dw_out), fout(db_in),
+                              fout(db_out), fout(dsub_norm)};
+        ULTRA_PICK(moe_backward)(p, g, fout(scratch), threads);
     }, Nogil());
 }

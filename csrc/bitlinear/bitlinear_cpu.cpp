@@ -2,9 +2,9 @@
 // packed weights, or int8 codes of x. Their scales are factors of the other side.
 #include "bitlinear/bitlinear.h"
 
+#include "common/blocks.h"
 #include "common/codes.h"
 #include "common/parallel.h"
-#include "common/product.h"
 #include "common/row_blocks.h"
 
 namespace ultra {
@@ -12,7 +12,6 @@ namespace ULTRA_ISA {
 
 namespace {
 
-constexpr int64_t kColumns = 64, kInner = 128;  // of a tile of the right factor, in words: 32 KB
 // A task's output: so many rows that widening the right factor, and columns that copying the left one, costs little.
 constexpr int64_t kInputRows = 512, kInputColumns = kColumns;
 constexpr int64_t kWeightRows = 192, kWeightColumns = 4 * kColumns;
@@ -34,21 +33,8 @@ struct Tiles {
     }
 };
 
-int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
-
 void store_block(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t row) {
     for (int64_t i = 0; i < rows; ++i) memcpy(to + i * row, from + i * from_row, columns * sizeof(float));
-}
-
-// Rows of words from rows of numbers: `get(i, c)` is a vector of number row i; odd rows fill the other half of pairs.
-template <typename Get> void fill_words(int64_t rows, int64_t columns, float* to, int64_t to_row, const Get& get) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < columns; c += kLanes) store(to + i * to_row + c, get(i, c));
-}
-template <typename Get> void fill_words(int64_t rows, int64_t columns, Pair* to, int64_t to_row, const Get& get) {
-    for (int64_t i = 0; i < rows; i += 2)
-        for (int64_t c = 0; c < columns; c += kLanes)
-            store(to + i / 2 * to_row + c, get(i, c), i + 1 < rows ? get(i + 1, c) : splat(0.0f));
 }
 
 typedef int8_t vb __attribute__((vector_size(kLanes)));
@@ -100,8 +86,6 @@ void dx_block(const OutputGradient& dy, int64_t m, int64_t rows, const TernaryMa
     store_block(tiles.out, kColumns, rows, columns, dx + m * w.K + k, w.K);
 }
 
-static inline vf load_up_to(const float* p, int64_t n) { return n < kLanes ? load_part(p, (int)n) : load(p); }
-static inline vf load_up_to(const BF16* p, int64_t n) { return n < kLanes ? load_part(p, (int)n) : load(p); }
 static inline vf widen_up_to(const int8_t* p, int64_t n) {
     if (n >= kLanes) return widen(p);
     int8_t part[kLanes] = {};

@@ -128,4 +128,6 @@ CASES = [
     _case("T31-bitnet", 31, 24, 32, 4, 2, bitnet=True),
     _case("T31-bitnet-gated-subnorm", 31, 24, 16, 3, 1, bitnet=True, gated=True, sub_norm=True, biases=True),
     _case("mini-T2048-D384-F768-E4-k2", 2048, 384, 768, 4, 2, bench=True),
+    _case("T1024-D768-F768-E8-k2", 1024, 768, 768, 8, 2, bench=True),
+    _case("frankenstein-T512-D1024-F2048-E4-k2", 512, 1024, 2048, 4, 2, bench=True),
 ]

@@ -6,13 +6,19 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import Op
+from .. import _native
+from .._dispatch import Op, define_differentiable, of_all
 from ..bitlinear.op import OP as BITLINEAR
 from ..bitlinear.op import matmul_dtype
 from . import reference
-from .reference import MoEStats
+from .reference import MoEStats, Routes
 
-OP = Op("moe_ffn", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+OP = Op(
+    "moe_ffn",
+    __package__,
+    {"cuda": ("reference",), "cpu": ("native", "reference")},
+    {"native": of_all(_native.why_not)},
+)
 
 
 def moe_ffn(
@@ -73,8 +79,90 @@ def moe_ffn(
         raise ValueError(f"moe_ffn: bitnet_scale {bitnet_scale!r} is unknown; it must be 'mean' or 'median'")
     if normalize_gates is None:
         normalize_gates = top_k > 1
-    chosen = (BITLINEAR if bitnet else OP).choose(backend, x, w_in, w_out)
-    return reference.moe_ffn(
-        x, router_logits, w_in, w_out, top_k, activation, gated, b_in, b_out, normalize_gates, select_bias, sub_norm,
-        bitnet_scale if bitnet else None, matmul_dtype(x), chosen,
-    )  # fmt: skip
+    tensors, dtype = (x, w_in, w_out, router_logits, b_in, b_out, sub_norm), matmul_dtype(x)
+    chosen = BITLINEAR.choose(backend, *tensors[:3]) if bitnet else OP.choose(backend, *tensors)
+    if bitnet or chosen == "reference":
+        return reference.moe_ffn(
+            x, router_logits, w_in, w_out, top_k, activation, gated, b_in, b_out, normalize_gates, select_bias,
+            sub_norm, bitnet_scale if bitnet else None, dtype, chosen,
+        )  # fmt: skip
+    routes, stats = reference.route(router_logits, top_k, normalize_gates, select_bias)
+    small = (t if t is None else t.float() for t in (b_in, b_out, sub_norm))
+    y, _ = _experts(x.to(dtype), *routes, w_in.to(dtype), w_out.to(dtype), *small, activation, gated, chosen)
+    return y, stats
+
+
+def _forward_op(x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, activation, gated, backend):  # type: ignore[no-untyped-def]
+    hidden = _hidden_like(x, order, w_out, gated)
+    routes = Routes(gates, order, inverse, ends)
+    y = OP.module(backend).forward(x, routes, w_in, w_out, b_in, b_out, sub_norm, activation, gated, hidden)
+    return y, hidden
+
+
+def _hidden_like(x: torch.Tensor, order: torch.Tensor, w_out: torch.Tensor, gated: bool) -> torch.Tensor:
+    """What stands before the activations `[T·k, F or 2F]`, each F padded to a multiple of 32 (moe_row in C++)."""
+    return x.new_empty(order.shape[0], (2 if gated else 1) * ((w_out.shape[-1] + 31) // 32 * 32))
+
+
+def _forward_fake(x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, activation, gated, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), _hidden_like(x, order, w_out, gated)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, activation, gated, backend = inputs
+    hidden = output[1]
+    ctx.mark_non_differentiable(hidden)
+    ctx.options = activation, gated, backend
+    ctx.save_for_backward(*tensors, hidden)
+
+
+def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+    needs = ctx.needs_input_grad
+    wants = [needs[0], True, *needs[5:10]]  # the gates' gradient comes with the others
+    found = _experts_backward(grad, *ctx.saved_tensors, wants, *ctx.options)
+    dx, dgates, *others = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
+    return dx, dgates, None, None, None, *others, None, None, None
+
+
+def _gradients_like(x, gates, w_in, w_out, b_in, b_out, sub_norm, wants):  # type: ignore[no-untyped-def]
+    """Empty where not wanted."""
+    tensors = x, gates, w_in, w_out, b_in, b_out, sub_norm
+    return tuple(
+        gates.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
+        for t, wanted in zip(tensors, wants, strict=True)
+    )
+
+
+def _backward_op(  # type: ignore[no-untyped-def]
+    grad, x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, hidden, wants, activation, gated, backend
+):
+    grads = _gradients_like(x, gates, w_in, w_out, b_in, b_out, sub_norm, wants)
+    filled = [g if wanted else None for g, wanted in zip(grads, wants, strict=True)]
+    routes = Routes(gates, order, inverse, ends)
+    arguments = x, routes, w_in, w_out, b_in, b_out, sub_norm, activation, gated, hidden, filled
+    OP.module(backend).backward(grad, *arguments)
+    return grads
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad, x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, hidden, wants, activation, gated, backend
+):
+    return _gradients_like(x, gates, w_in, w_out, b_in, b_out, sub_norm, wants)
+
+
+# The experts given the routes; x and the weights have one dtype, the others are float32.
+_experts, _experts_backward = define_differentiable(
+    # y, and for the backward what stands before the activations, in the order of the experts
+    "moe_experts(Tensor x, Tensor gates, Tensor order, Tensor inverse, Tensor ends, Tensor w_in, Tensor w_out, "
+    "Tensor? b_in, Tensor? b_out, Tensor? sub_norm, str activation, bool gated, str backend) -> (Tensor, Tensor)",
+    # of x, gates, w_in, w_out, b_in, b_out and sub_norm
+    "moe_experts_backward(Tensor grad, Tensor x, Tensor gates, Tensor order, Tensor inverse, Tensor ends, Tensor w_in, "
+    "Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor? sub_norm, Tensor hidden, bool[] wants, str activation, "
+    "bool gated, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=_forward_op,
+    forward_fake=_forward_fake,
+    backward=_backward_op,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)

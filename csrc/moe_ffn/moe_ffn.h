@@ -1,0 +1,47 @@
+// Contract: ultra_kernels/moe_ffn/op.py, but for the routing: gates and the order of the tokens come in.
+#pragma once
+
+#include "common/isa.h"
+
+#include <stdint.h>
+
+namespace ultra {
+
+// Slots are the pairs token * top_k + choice, sorted by expert.
+struct MoEProblem {
+    int64_t tokens, experts, top_k, D, F;
+    bool gated;
+    int activation;                        // silu, gelu, relu, relu2
+    int dtype;                             // of x, weights and hidden
+    const void* x;                         // [tokens, D], rows x_row apart
+    int64_t x_row;
+    const float* gates;                    // [tokens, top_k]
+    const int64_t *order, *inverse, *ends; // the pair of a slot, the slot of a pair, the end of each expert's slots
+    const void *w_in, *w_out;              // [E, F or 2F, D], [E, D, F]
+    const float *b_in, *b_out, *sub_norm;  // [E, F or 2F], [E, D], [F]; each may be null
+    void* hidden;                          // [slots, moe_row(F) once or twice]: before the activation
+};
+
+// Each may be null but dgates.
+struct MoEGradients {
+    const void* dy;  // [tokens, D], rows dy_row apart, in x's dtype
+    int64_t dy_row;
+    void* dx;        // [tokens, D]
+    float* dgates;   // [tokens, top_k]
+    void *dw_in, *dw_out;
+    float *db_in, *db_out, *dsub_norm;
+};
+
+// Rows of activations are padded with zeros: whole vectors, and whole words of pairs. op.py allocates by the same rule.
+inline int64_t moe_row(int64_t n) { return (n + 31) / 32 * 32; }
+
+}  // namespace ultra
+
+ULTRA_FOR_EACH_ISA(
+    // Floats of scratch memory.
+    int64_t moe_forward_scratch(const MoEProblem& p, int threads);
+    int64_t moe_backward_scratch(const MoEProblem& p, int threads);
+
+    void moe_forward(const MoEProblem& p, void* y, float* scratch, int threads);
+    void moe_backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int threads);
+)

@@ -1,0 +1,415 @@
+// Contract: ultra_kernels/moe_ffn/op.py. Tokens are copied into the order of their experts, so that every product has
+// whole rows on its left; what becomes of a token is gathered again choice by choice, always in one order.
+#include "moe_ffn/moe_ffn.h"
+
+#include "common/blocks.h"
+#include "common/gates.h"
+#include "common/parallel.h"
+#include "common/row_blocks.h"
+
+namespace ultra {
+namespace ULTRA_ISA {
+
+namespace {
+
+// A task's output: so many rows that filling the right tile, and columns that copying the left one, costs little.
+constexpr int64_t kTokenRows = 512, kWeightRows = 192, kWeightColumns = 4 * kColumns;
+constexpr float kEpsilon = 1e-6f;
+
+template <typename Word> struct NumberOf { using Type = float; };
+template <> struct NumberOf<Pair> { using Type = Rounded; };
+template <typename Word> using Number = typename NumberOf<Word>::Type;
+
+// An axis of channels: `parts` (gate and up) of `length`, each of which is padded in rows of activations.
+struct Axis {
+    int64_t parts, length;
+
+    int64_t size() const { return parts * length; }
+    int64_t row() const { return parts * moe_row(length); }
+};
+
+struct Shape {
+    int64_t slots;
+    Axis outer, hidden, inner;
+
+    explicit Shape(const MoEProblem& p)
+        : slots(p.tokens * p.top_k), outer{1, p.D}, hidden{p.gated ? 2 : 1, p.F}, inner{1, p.F} {}
+};
+
+// The slots of every expert, and their blocks of at most kTokenRows.
+struct Sections {
+    const int64_t* ends;
+    int64_t experts;
+
+    struct Block { int64_t expert, row, rows; };
+
+    int64_t begin(int64_t e) const { return e ? ends[e - 1] : 0; }
+    int64_t size(int64_t e) const { return ends[e] - begin(e); }
+    int64_t count() const {
+        int64_t n = 0;
+        for (int64_t e = 0; e < experts; ++e) n += blocks(size(e), kTokenRows);
+        return n;
+    }
+    Block block(int64_t i) const {
+        int64_t e = 0;
+        for (; i >= blocks(size(e), kTokenRows); ++e) i -= blocks(size(e), kTokenRows);
+        const int64_t n = blocks(size(e), kTokenRows), from = i * size(e) / n, to = (i + 1) * size(e) / n;
+        return {e, begin(e) + from, to - from};
+    }
+};
+
+// Scratch memory of a thread.
+struct Tiles {
+    float *out, *right, *left, *value, *slope;
+
+    Tiles(float* scratch, int64_t F) {
+        float* at = scratch + thread_index() * floats(F);
+        out = at, at += kWeightRows * kWeightColumns;
+        right = at, at += kInner * kColumns;
+        left = at, at += kInner * kWeightRows;
+        value = at, at += moe_row(F);
+        slope = at;
+    }
+    static int64_t floats(int64_t F) {
+        static_assert(kTokenRows * kColumns <= kWeightRows * kWeightColumns, "`out` holds either block");
+        return kWeightRows * kWeightColumns + kInner * kColumns + kInner * kWeightRows + 2 * moe_row(F);
+    }
+};
+
+template <typename T> void store_up_to(T* p, vf x, int64_t n) {
+    if (n < kLanes) store_part(p, x, (int)n);
+    else store(p, x);
+}
+
+// The transpose of [rows, inner] as a right factor: the words of a row go down a column.
+template <typename Word, typename T>
+void fill_turned(int64_t rows, int64_t inner, const T* from, int64_t from_row, Word* to, Word* spare) {
+    constexpr int64_t numbers_of = kNumbers<Word>;
+    if (sizeof(T) * numbers_of == sizeof(Word) && from_row % numbers_of == 0 && inner % (4 * numbers_of) == 0)
+        return transpose(rows, inner / numbers_of, (const Word*)from, from_row / numbers_of, to);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < inner; c += kLanes)
+            store(numbers(spare + i * kInner) + c, load_up_to(from + i * from_row + c, inner - c));
+    transpose(rows, words<Word>(inner), spare, kInner, to);
+}
+
+// to [slots, out] = left [slots, in] times the weights of each slot's expert, [out, in] if `turned`, else [in, out].
+template <bool turned, typename Word, typename T, typename To>
+void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in, const T* weights, const Axis& out,
+                   const float* bias, To* to, float* scratch, int64_t F, int threads) {
+    constexpr int64_t step = kInner * kNumbers<Word>;
+    const int64_t across = blocks(out.length, kColumns), weights_row = turned ? in.length : out.length;
+    parallel_for(of.count() * out.parts * across, threads, [&](int64_t i) {
+        const auto block = of.block(i / (out.parts * across));
+        const int64_t to_part = i / across % out.parts, j = i % across * kColumns;
+        const int64_t columns = at_most(out.length - j, kColumns), wide = padded(columns);
+        const Tiles tiles(scratch, F);
+        auto* right = (Word*)tiles.right;
+        const T* matrix = weights + block.expert * in.size() * out.size() +
+                          (turned ? (to_part * out.length + j) * weights_row : j);
+        for (int64_t part = 0; part < in.parts; ++part) {
+            for (int64_t k = 0; k < in.length; k += step) {
+                const int64_t inner = at_most(in.length - k, step), next = at_most(in.length - k - inner, step);
+                const T* from = matrix + (turned ? k : (part * in.length + k) * weights_row);
+                if (turned) {
+                    fill_turned(columns, inner, from, weights_row, right, (Word*)tiles.left);
+                    prefetch(columns, next, from + inner, weights_row);
+                } else {
+                    fill_rows(inner, columns, from, weights_row, right, wide);
+                    prefetch(next, columns, from + inner * weights_row, weights_row);
+                }
+                const auto* rows = (const Word*)(left + block.row * in.row() + part * moe_row(in.length) + k);
+                multiply(block.rows, columns, words<Word>(inner), Factor<Word>{rows, in.row() / kNumbers<Word>, 1},
+                         right, wide, Product<float>{tiles.out, kColumns, part + k > 0});
+            }
+        }
+        To* at = to + block.row * out.row() + to_part * moe_row(out.length) + j;
+        const float* add = bias ? bias + block.expert * out.size() + to_part * out.length + j : nullptr;
+        for (int64_t c = 0; c < at_most(moe_row(out.length) - j, kColumns); c += kLanes) {
+            const vf b = add && c < columns ? load_up_to(add + c, columns - c) : splat(0.0f);
+            for (int64_t r = 0; r < block.rows; ++r)
+                store(at + r * out.row() + c, c < columns ? load(tiles.out + r * kColumns + c) + b : splat(0.0f));
+        }
+    });
+}
+
+// to [E, rows, columns] = the sum over each expert's slots of left [slots, rows] times right [slots, columns].
+template <typename Word, typename T>
+void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& rows, const Number<Word>* right,
+                    const Axis& columns, T* to, float* scratch, int64_t F, int threads) {
+    constexpr int64_t step = kInner * kNumbers<Word>;
+    const int64_t down = blocks(rows.length, kWeightRows), across = blocks(columns.length, kWeightColumns);
+    parallel_for(of.experts * rows.parts * down * across, threads, [&](int64_t i) {
+        const int64_t e = i / (rows.parts * down * across), part = i / (down * across) % rows.parts;
+        const int64_t n = i / across % down * kWeightRows, k = i % across * kWeightColumns;
+        const int64_t some_rows = at_most(rows.length - n, kWeightRows), wide = padded(some_rows);
+        const int64_t some_columns = at_most(columns.length - k, kWeightColumns);
+        const Tiles tiles(scratch, F);
+        // even steps: a short last one would read and write the whole output for little
+        const int64_t even = (blocks(of.size(e), blocks(of.size(e) + !of.size(e), step)) + 1) / 2 * 2;
+        for (int64_t s = 0; s < of.size(e); s += even) {
+            const int64_t slots = at_most(of.size(e) - s, even);
+            const auto* from = left + (of.begin(e) + s) * rows.row() + part * moe_row(rows.length) + n;
+            const auto* other = right + (of.begin(e) + s) * columns.row() + k;
+            fill_rows(slots, wide, from, rows.row(), (Word*)tiles.left, wide);
+            for (int64_t j = 0; j < some_columns; j += kColumns) {
+                const int64_t few = at_most(some_columns - j, kColumns);
+                fill_rows(slots, padded(few), other + j, columns.row(), (Word*)tiles.right, kColumns);
+                prefetch(slots, at_most(some_columns - j - few, kColumns), other + j + few, columns.row());
+                multiply(some_rows, few, words<Word>(slots), Factor<Word>{(Word*)tiles.left, 1, wide},
+                         (Word*)tiles.right, kColumns, Product<float>{tiles.out + j, kWeightColumns, s > 0});
+            }
+        }
+        T* at = to + (e * rows.size() + part * rows.length + n) * columns.length + k;
+        for (int64_t r = 0; r < some_rows; ++r)
+            for (int64_t c = 0; c < some_columns; c += kLanes)
+                store_up_to(at + r * columns.length + c,
+                            of.size(e) ? load(tiles.out + r * kWeightColumns + c) : splat(0.0f), some_columns - c);
+    });
+}
+
+// to [E, columns] = the sum over each expert's slots of rows, times weight[pair of the slot] where there is such.
+template <typename N>
+void sum_slots(const MoEProblem& p, const N* from, const Axis& columns, const float* weight, float* to, int threads) {
+    const Sections of{p.ends, p.experts};
+    const int64_t across = blocks(columns.length, kColumns);
+    parallel_for(of.experts * columns.parts * across, threads, [&](int64_t i) {
+        const int64_t e = i / (columns.parts * across), part = i / across % columns.parts;
+        const int64_t begin = i % across * kColumns, end = at_most(columns.length, begin + kColumns);
+        for (int64_t c = begin; c < end; c += kLanes) {
+            vf sum = {};
+            for (int64_t s = of.begin(e); s < p.ends[e]; ++s)
+                sum += load(from + s * columns.row() + part * moe_row(columns.length) + c) *
+                       (weight ? weight[p.order[s]] : 1.0f);
+            store_up_to(to + e * columns.size() + part * columns.length + c, sum, end - c);
+        }
+    });
+}
+
+// body(begin, end, block) for blocks of rows that depend on their number alone.
+template <typename Body> void for_row_blocks(int64_t rows, int threads, const Body& body) {
+    const int64_t n = row_blocks(rows);
+    parallel_for(n, threads, [&](int64_t i) { body(i * rows / n, (i + 1) * rows / n, i); });
+}
+
+// to [slots, D] = the token of each slot.
+template <typename T, typename N>
+void gather_tokens(const MoEProblem& p, const T* from, int64_t from_row, N* to, int threads) {
+    for_row_blocks(p.tokens * p.top_k, threads, [&](int64_t begin, int64_t end, int64_t) {
+        for (int64_t s = begin; s < end; ++s) {
+            const T* row = from + p.order[s] / p.top_k * from_row;
+            for (int64_t c = 0; c < p.D; c += kLanes)
+                store(to + s * moe_row(p.D) + c, load_up_to(row + c, p.D - c));
+        }
+    });
+}
+
+// to [tokens, D] = the sum over a token's choices, weighted where there are weights [tokens, top_k].
+template <typename T, typename N>
+void sum_choices(const MoEProblem& p, const N* from, const float* weight, T* to, int threads) {
+    for_row_blocks(p.tokens, threads, [&](int64_t begin, int64_t end, int64_t) {
+        for (int64_t t = begin; t < end; ++t) {
+            for (int64_t c = 0; c < p.D; c += kLanes) {
+                vf sum = {};
+                for (int64_t i = t * p.top_k; i < (t + 1) * p.top_k; ++i)
+                    sum += load(from + p.inverse[i] * moe_row(p.D) + c) * (weight ? weight[i] : 1.0f);
+                store_up_to(to + t * p.D + c, sum, p.D - c);
+            }
+        }
+    });
+}
+
+// Value and derivative.
+struct Silu {
+    static void at(vf x, vf& value, vf& slope) {
+        const vf s = sigmoid(x);
+        value = x * s;
+        slope = s + value * (1.0f - s);
+    }
+};
+struct Gelu {
+    static void at(vf x, vf& value, vf& slope) {
+        const vf cdf = 0.5f + 0.5f * erf(x * 0.70710678118654752f);
+        value = x * cdf;
+        slope = cdf + x * 0.39894228040143268f * exp(x * x * -0.5f);
+    }
+};
+struct Relu {
+    static void at(vf x, vf& value, vf& slope) {
+        value = select(x <= 0.0f, splat(0.0f), x);  // NaN stays NaN
+        slope = select(x <= 0.0f, splat(0.0f), splat(1.0f));
+    }
+};
+struct Relu2 {
+    static void at(vf x, vf& value, vf& slope) {
+        const vf r = select(x <= 0.0f, splat(0.0f), x);
+        value = r * r;
+        slope = r + r;
+    }
+};
+
+template <typename Body> void with_activation(int which, const Body& body) {
+    switch (which) {
+        case 0: return body(Silu());
+        case 1: return body(Gelu());
+        case 2: return body(Relu());
+        default: return body(Relu2());
+    }
+}
+
+// value [F] = the gated activation of a slot, slope [F] = the activation's derivative at the gate; returns 1 / RMS.
+template <typename Activation, typename T>
+float activate(const MoEProblem& p, const T* hidden, float* value, float* slope) {
+    vf squares = {};
+    for (int64_t c = 0; c < p.F; c += kLanes) {
+        vf a, d;
+        Activation::at(load(hidden + c), a, d);
+        if (p.gated) a *= load(hidden + moe_row(p.F) + c);
+        squares += a * a;
+        store(value + c, a);
+        store(slope + c, d);
+    }
+    return p.sub_norm ? 1.0f / __builtin_sqrtf(sum(squares) / (float)p.F + kEpsilon) : 1.0f;
+}
+
+template <typename Word, typename T> void forward(const MoEProblem& p, T* y, float* scratch, int threads) {
+    const Shape shape(p);
+    const Sections of{p.ends, p.experts};
+    auto* x = (Number<Word>*)scratch;
+    auto* inner = x + shape.slots * shape.outer.row();
+    float* rest = scratch + shape.slots * (shape.outer.row() + shape.inner.row());
+    auto* hidden = (T*)p.hidden;
+    gather_tokens(p, (const T*)p.x, p.x_row, x, threads);
+    multiply_rows<true, Word>(of, x, shape.outer, (const T*)p.w_in, shape.hidden, p.b_in, hidden, rest, p.F, threads);
+    with_activation(p.activation, [&](auto activation) {
+        for_row_blocks(shape.slots, threads, [&](int64_t begin, int64_t end, int64_t) {
+            const Tiles tiles(rest, p.F);
+            for (int64_t s = begin; s < end; ++s) {
+                const T* from = hidden + s * shape.hidden.row();
+                const float r = activate<decltype(activation)>(p, from, tiles.value, tiles.slope);
+                for (int64_t c = 0; c < p.F; c += kLanes) {
+                    const vf gain = p.sub_norm ? load_up_to(p.sub_norm + c, p.F - c) * r : splat(1.0f);
+                    store(inner + s * shape.inner.row() + c, load(tiles.value + c) * gain);
+                }
+            }
+        });
+    });
+    multiply_rows<true, Word>(of, inner, shape.inner, (const T*)p.w_out, shape.outer, p.b_out, x, rest, p.F, threads);
+    sum_choices(p, x, p.gates, y, threads);
+}
+
+// From dinner [slots, F], the gradient of what the second product reads but for the gate: dhidden, gradients of gates,
+// and in `inner` gate times what the second product read. dnorm: row_blocks(slots) parts of the gradient of sub_norm.
+template <typename Activation, typename T, typename N>
+void inner_backward(const MoEProblem& p, const Shape& shape, const N* dy, const N* dinner, N* inner, N* dhidden,
+                    float* dgates, float* dnorm, float* rest, int threads) {
+    const int64_t F = p.F, half = moe_row(F);
+    for_row_blocks(shape.slots, threads, [&](int64_t begin, int64_t end, int64_t block) {
+        const Tiles tiles(rest, F);
+        float* sums = dnorm + block * half;
+        for (int64_t c = 0; c < half; ++c) sums[c] = 0.0f;
+        int64_t e = 0;
+        for (int64_t s = begin; s < end; ++s) {
+            while (s >= p.ends[e]) ++e;
+            const T* hidden = (const T*)p.hidden + s * shape.hidden.row();
+            const N* d = dinner + s * half;
+            const float gate = p.gates[p.order[s]];
+            const float r = activate<Activation>(p, hidden, tiles.value, tiles.slope);
+            vf dots = {}, of_bias = {};
+            for (int64_t c = 0; c < F; c += kLanes) {
+                const vf gain = p.sub_norm ? load_up_to(p.sub_norm + c, F - c) : splat(1.0f);
+                const vf normal = load(tiles.value + c) * r, dc = load(d + c);
+                dots += dc * normal * gain;
+                store(inner + s * half + c, normal * gain * gate);
+                if (p.sub_norm) store(sums + c, load(sums + c) + dc * normal * gate);
+            }
+            if (p.b_out)
+                for (int64_t c = 0; c < p.D; c += kLanes)
+                    of_bias += load(dy + s * moe_row(p.D) + c) * load_up_to(p.b_out + e * p.D + c, p.D - c);
+            const float dot = sum(dots), mean = p.sub_norm ? dot / (float)F : 0.0f;
+            dgates[p.order[s]] = dot + sum(of_bias);
+            N* to = dhidden + s * shape.hidden.row();
+            for (int64_t c = 0; c < F; c += kLanes) {
+                const vf gain = p.sub_norm ? load_up_to(p.sub_norm + c, F - c) : splat(1.0f);
+                const vf dvalue = (load(d + c) * gain - load(tiles.value + c) * r * mean) * r * gate;
+                if (!p.gated) {
+                    store(to + c, dvalue * load(tiles.slope + c));
+                    continue;
+                }
+                vf value, slope;
+                Activation::at(load(hidden + c), value, slope);
+                store(to + c, dvalue * slope * load(hidden + half + c));
+                store(to + half + c, dvalue * value);
+            }
+        }
+    });
+}
+
+template <typename Word, typename T>
+void backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int threads) {
+    using N = Number<Word>;
+    const Shape shape(p);
+    const Sections of{p.ends, p.experts};
+    const auto rows = [&](const Axis& of_axis) {
+        auto* at = (N*)scratch;
+        scratch += shape.slots * of_axis.row();
+        return at;
+    };
+    N *x = rows(shape.outer), *dy = rows(shape.outer), *inner = rows(shape.inner), *dinner = rows(shape.inner);
+    N* dhidden = rows(shape.hidden);
+    float *dnorm = scratch, *rest = scratch + row_blocks(shape.slots) * moe_row(p.F);
+    gather_tokens(p, (const T*)g.dy, g.dy_row, dy, threads);
+    const auto *w_in = (const T*)p.w_in, *w_out = (const T*)p.w_out;
+    multiply_rows<false, Word>(of, dy, shape.outer, w_out, shape.inner, nullptr, dinner, rest, p.F, threads);
+    with_activation(p.activation, [&](auto activation) {
+        inner_backward<decltype(activation), T>(p, shape, dy, dinner, inner, dhidden, g.dgates, dnorm, rest, threads);
+    });
+    if (g.dsub_norm) {
+        for (int64_t c = 0; c < p.F; ++c) {
+            float sum = 0.0f;
+            for (int64_t block = 0; block < row_blocks(shape.slots); ++block) sum += dnorm[block * moe_row(p.F) + c];
+            g.dsub_norm[c] = sum;
+        }
+    }
+    if (g.db_out) sum_slots(p, dy, shape.outer, p.gates, g.db_out, threads);
+    if (g.db_in) sum_slots(p, dhidden, shape.hidden, nullptr, g.db_in, threads);
+    if (g.dw_out)
+        multiply_slots<Word>(of, dy, shape.outer, inner, shape.inner, (T*)g.dw_out, rest, p.F, threads);
+    if (g.dw_in) {
+        gather_tokens(p, (const T*)p.x, p.x_row, x, threads);
+        multiply_slots<Word>(of, dhidden, shape.hidden, x, shape.outer, (T*)g.dw_in, rest, p.F, threads);
+    }
+    if (g.dx) {
+        multiply_rows<false, Word>(of, dhidden, shape.hidden, w_in, shape.outer, nullptr, x, rest, p.F, threads);
+        sum_choices(p, x, nullptr, (T*)g.dx, threads);
+    }
+}
+
+}  // namespace
+
+int64_t moe_forward_scratch(const MoEProblem& p, int threads) {
+    const Shape s(p);
+    return s.slots * (s.outer.row() + s.inner.row()) + threads * Tiles::floats(p.F);
+}
+int64_t moe_backward_scratch(const MoEProblem& p, int threads) {
+    const Shape s(p);
+    return s.slots * (2 * s.outer.row() + 2 * s.inner.row() + s.hidden.row()) +
+           row_blocks(s.slots) * moe_row(p.F) + threads * Tiles::floats(p.F);
+}
+
+void moe_forward(const MoEProblem& p, void* y, float* scratch, int threads) {
+    if (p.dtype == kFloat32) forward<float>(p, (float*)y, scratch, threads);
+    else if (p.dtype == kFloat16) forward<float>(p, (FP16*)y, scratch, threads);
+    else if constexpr (kPairs) forward<Pair>(p, (BF16*)y, scratch, threads);
+    else forward<float>(p, (BF16*)y, scratch, threads);
+}
+
+void moe_backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int threads) {
+    if (p.dtype == kFloat32) backward<float, float>(p, g, scratch, threads);
+    else if (p.dtype == kFloat16) backward<float, FP16>(p, g, scratch, threads);
+    else if constexpr (kPairs) backward<Pair, BF16>(p, g, scratch, threads);
+    else backward<float, BF16>(p, g, scratch, threads);
+}
+
+}  // namespace ULTRA_ISA
+}  // namespace ultra
