@@ -59,11 +59,16 @@ template <typename T> struct Scaled {
 // ---- products -------------------------------------------------------------------------------------------------------
 struct Rows {
     const int8_t* x;
-    int64_t row, M;
-    const int8_t* last;   // the last one, readable up to a whole block; codes past K are 0, whatever they multiply
+    int64_t row, M, K;
     const int32_t* sums;  // of each row
+    // The last rows, from which one may read up to a whole block; codes past K are 0, whatever they multiply.
+    int64_t copied;
+    const int8_t* copies;
 
-    const int8_t* at(int64_t m) const { return m + 1 == M ? last : x + m * row; }
+    const int8_t* at(int64_t m) const {
+        const int64_t copy = m + copied - M;
+        return copy < 0 ? x + m * row : copies + copy * blocks_of(K) * kBlockColumns;
+    }
 };
 
 // Sums over sections short enough for narrow ones: add(begin, end, sums) adds those of a section, `unscaled` ends them.
@@ -213,7 +218,13 @@ struct Workspace {
     int32_t few[kOnStack];
 
     static int64_t bytes_of_sums(int64_t M) { return M > kOnStack ? (4 * M + 63) / 64 * 64 : 0; }
-    static int64_t bytes_of_row(int64_t K) { return K % kBlockColumns ? blocks_of(K) * kBlockColumns : 0; }
+    // Reading 16 columns of another row than the last ends in the row after it, unless rows are shorter than that.
+    static int64_t copied(int64_t row, int64_t M, int64_t K) {
+        return K % kBlockColumns == 0 ? 0 : row < kBlockColumns || M == 0 ? M : 1;
+    }
+    static int64_t bytes(int64_t row, int64_t M, int64_t K) {
+        return bytes_of_sums(M) + copied(row, M, K) * blocks_of(K) * kBlockColumns;
+    }
 
     Rows prepare(const int8_t* x, int64_t row, int64_t M, int64_t K, char* scratch, int threads) {
         int32_t* sums = M > kOnStack ? (int32_t*)scratch : few;
@@ -221,13 +232,13 @@ struct Workspace {
         parallel_for((M + block - 1) / block, threads_for(M * K / 8, threads), [&](int64_t i) {
             for (int64_t m = i * block; m < M && m < (i + 1) * block; ++m) sums[m] = sum_of(x + m * row, K);
         });
-        const int8_t* last = x + (M - 1) * row;
-        if (M && bytes_of_row(K)) {
-            auto* copy = (int8_t*)scratch + bytes_of_sums(M);
-            memset(copy + K, 0, bytes_of_row(K) - K);
-            last = (const int8_t*)memcpy(copy, last, K);
+        auto* copies = (int8_t*)scratch + bytes_of_sums(M);
+        const int64_t count = copied(row, M, K), width = blocks_of(K) * kBlockColumns;
+        for (int64_t i = 0; i < count; ++i) {
+            memcpy(copies + i * width, x + (M - count + i) * row, K);
+            memset(copies + i * width + K, 0, width - K);
         }
-        return {x, row, M, last, sums};
+        return {x, row, M, K, sums, count, copies};
     }
 };
 
@@ -296,7 +307,7 @@ static void quantize_rows(const T* x, int64_t row, int64_t K, const float* weigh
 
 }  // namespace
 
-int64_t ternary_scratch(int64_t M, int64_t K) { return Workspace::bytes_of_sums(M) + Workspace::bytes_of_row(K); }
+int64_t ternary_scratch(int64_t M, int64_t K) { return Workspace::bytes(K, M, K); }
 
 void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
                     int threads) {

@@ -216,7 +216,7 @@ CPP = [
         ("sums[r][v] = vi{} - x.sums[m + r];", "sums[r][v] = vi{};"),
         ("x.at(m + r) + column;", "x.at(m + r);"),
         ("for (; r < rows; ++r) add_unpacked<1>", "for (; r < 0; ++r) add_unpacked<1>"),
-        ("const int8_t* last = x + (M - 1) * row;", "const int8_t* last = x;"),
+        ("x + (M - count + i) * row, K)", "x + i * row, K)"),
         (
             "out = __builtin_convertvector(sum, vf) * (step[m] * scale)",
             "out = __builtin_convertvector(sum, vf) * step[m]",
