@@ -55,12 +55,16 @@ class Op:
     ) -> None:
         self.name, self.package, self.order, self._why_not = name, package, order, why_not
         self.kernels = kernels or package
+        self._modules: dict[str, ModuleType] = {}
         self.names: tuple[str, ...] = tuple(dict.fromkeys(b for names in order.values() for b in names))
         OPS[name] = self
 
     def module(self, backend: str) -> ModuleType:
         """The file that holds `backend`."""
-        return importlib.import_module(f"{self.kernels}.{_FILES[backend]}")
+        found = self._modules.get(backend)
+        if found is None:
+            found = self._modules[backend] = importlib.import_module(f"{self.kernels}.{_FILES[backend]}")
+        return found
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """None when `backend` can run a call with these arguments, otherwise the reason."""

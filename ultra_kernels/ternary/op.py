@@ -14,11 +14,12 @@ from . import reference
 
 MAX_M = 8  # rows of x that the CUDA kernels take; with more, tensor cores are faster
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_FLOATS, torch.int8)
 
 
 def _cuda_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
     """The reasons of _cuda.why_not, and more rows than its kernels take."""
-    if (reason := _cuda.why_not(x, dtypes=(*_FLOATS, torch.int8))) is not None:
+    if (reason := _cuda.why_not(x, dtypes=_DTYPES)) is not None:
         return reason
     if (rows := math.prod(x.shape[:-1])) > MAX_M:
         return f"the CUDA kernels take up to {MAX_M} rows, x has {rows}"
@@ -29,14 +30,14 @@ def _triton_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None
     """The reasons of triton_why_not, and dtypes that the kernels are not made for."""
     if (reason := triton_why_not(x)) is not None:
         return reason
-    if x.dtype not in (*_FLOATS, torch.int8):
+    if x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {x.dtype}; backend='reference' computes in it"
     return _elsewhere(x, *tensors)
 
 
 def _native_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
     """The reasons of _native.why_not, where x may be int8 too."""
-    return _native.why_not(x, dtypes=(*_FLOATS, torch.int8)) or _elsewhere(x, *tensors)
+    return _native.why_not(x, dtypes=_DTYPES) or _elsewhere(x, *tensors)
 
 
 def _elsewhere(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
