@@ -42,9 +42,10 @@ def _speed_of(cells: list[results.Cell]) -> str:
     commits = list(dict.fromkeys(c["commit"] for c in cells))
     lines = [
         f"On {about['machine']}{threads} with torch {about['torch']} and Triton {about['triton']}, "
-        f"commit{'s'[: len(commits) > 1]} {', '.join(commits)}: the fastest backend of each op in {wanted} ({other} where "
-        "it has none), its time, and its share of what memory, matrix products or exponentials allow (bench/README.md). × reference and × peer: their "
-        "time over this one's, the fastest of those peers that were installed.",
+        f"commit{'s'[: len(commits) > 1]} {', '.join(commits)}: the fastest backend of each op in {wanted} "
+        f"({other} where it has none), its time, and its share of what memory, matrix products or exponentials allow "
+        "(bench/README.md). × reference and × peer: their time over this one's, the fastest of those peers that were "
+        "installed.",
         "",
         "| op | case | backend |" + "".join(f" {m}, ms | of limit | × reference | × peer |" for m in MODES),
         "|---|---|---|" + "--:|" * 8,
