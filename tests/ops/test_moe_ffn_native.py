@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,17 +12,6 @@ from ultra_kernels._testing import Inputs, compare, run, widened
 from ultra_kernels.moe_ffn.cases import distinct_logits
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    C = _native.load()
-    if request.param not in C.isas():
-        pytest.skip(f"this CPU has {C.isas()}")
-    best = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(best)
 
 
 def draw(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,17 +17,6 @@ from ultra_kernels.ternary.reference import unpack
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
 
 ONE = torch.tensor(1.0)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    C = _native.load()
-    if request.param not in C.isas():
-        pytest.skip(f"this CPU has {C.isas()}")
-    best = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(best)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
