@@ -29,13 +29,14 @@ def test_integer_peers_are_exact(bench_module, packed, name, M):
     torch.testing.assert_close(peers.PEERS["ternary_linear"][name](tokens, prepared), ternary_linear(tokens, packed))
 
 
-@pytest.mark.parametrize("name", ["torch-int8pack", "torch-linear"])
-def test_peers_that_round_no_activations(bench_module, packed, name):
+# int8pack multiplies in bfloat16: 2^-8 of results up to 40; float32 sums of 256 terms err by 1e-6 of them
+@pytest.mark.parametrize(("name", "limit"), [("torch-int8pack", 0.2), ("torch-linear", 1e-4)])
+def test_peers_that_round_no_activations(bench_module, packed, name, limit):
     peers = bench_module("peers")
     tokens = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     codes, scale = unpack_ternary(packed)
     got = peers.PEERS["ternary_linear"][name](tokens, peers.PREPARED[name](packed, torch.float32))
-    torch.testing.assert_close(got, tokens @ (codes * scale).t(), atol=0.2, rtol=0.0)  # bfloat16: 2^-8 of up to 40
+    torch.testing.assert_close(got, tokens @ (codes * scale).t(), atol=limit, rtol=0.0)
 
 
 def test_i2s_is_skipped_without_a_clone(bench_module, monkeypatch):

@@ -39,7 +39,8 @@ from . import (
     sigmoid_attention,
     ternary_linear,
 )
-from .moe_ffn.reference import inner, route, segments
+from .bitlinear.op import segments
+from .moe_ffn.reference import inner, route
 from .ternary.op import PackedTernary, codes_shape
 
 __all__ = [

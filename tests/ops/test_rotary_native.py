@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,17 +27,6 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def library(request: pytest.FixtureRequest) -> Iterator[None]:
-    C = _native.load()
-    if request.param not in C.isas():
-        pytest.skip(f"this CPU has {C.isas()}")
-    best = C.isa()
-    C.set_isa(request.param)
-    yield
-    C.set_isa(best)
-
-
 def literal(x: torch.Tensor, positions: torch.Tensor, theta: float = 1e4) -> torch.Tensor:
     """The rotation written out in float64."""
     frequency = theta ** (torch.arange(0, x.shape[3], 2, dtype=F64) / -x.shape[3])
@@ -58,7 +47,7 @@ def rand(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("K", [2, 6, 14, 16, 30, 60, 64, 128])
-def test_widths_and_lengths(library: None, K: int, dtype: torch.dtype) -> None:
+def test_widths_and_lengths(isa: str, K: int, dtype: torch.dtype) -> None:
     for T in (0, 1, 2, 37):
         x, at = rand(2, T, 3, K).to(dtype).requires_grad_(), torch.arange(T)
         y = rotary(x, at, theta=50.0, backend="native")
@@ -180,7 +169,7 @@ def test_tables_stay_small() -> None:
 # ---- bits
 
 
-def test_other_numbers_do_not_matter(library: None) -> None:
+def test_other_numbers_do_not_matter(isa: str) -> None:
     """A NaN stays in its pair; at position 0 every number of bfloat16 comes back, to the bit."""
     for K in (6, 60, 64):
         x = rand(1, 5, 2, K)

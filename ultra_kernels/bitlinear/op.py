@@ -59,7 +59,8 @@ def bitlinear(
     With `norm_weight` `[K]` x is first replaced by norm_weight · x / sqrt(mean(x²) + 1e-6), also differentiated.
 
     x `[..., K]`, weight `[N, K]`, bias `[N]`; returns `[..., N]` in x's dtype. Under autocast x and weight are
-    quantised as they are, and product and result have the autocast dtype.
+    quantised as they are, and product and result have the autocast dtype. The quantised weight is kept from a forward
+    to its backward: on a GPU a write through `weight.data` in between goes unnoticed.
     Raises ValueError on a shape mismatch or an unknown scale, BackendUnavailable.
     After Ma et al. 2024 (arXiv:2402.17764).
     """
@@ -169,12 +170,15 @@ def _quantise(
     return entry.weight, entry.gamma
 
 
-def _groups(ends):  # type: ignore[no-untyped-def]
-    """(index of its matrix, its rows) of every group that has rows; one group, (..., all) without ends."""
-    if ends is None:
-        return [(..., slice(None))]
+def segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
+    """The groups that have rows, each with its rows: ends[e−1] <= r < ends[e]."""
     stops = ends.tolist()
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if b > a]
+
+
+def _groups(ends):  # type: ignore[no-untyped-def]
+    """(index of its matrix, its rows) of every group; without ends there is one matrix, for all rows."""
+    return [(..., slice(None))] if ends is None else segments(ends)
 
 
 def _forward_op(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
@@ -227,17 +231,8 @@ def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     options = ctx.scale, ctx.x_dtype, wants, ctx.trains, ctx.backend
     found = _backward(grad, codes, step, rstd, x, norm_weight, weight, ends, *options)
     dx, dweight, dbias, dnorm_weight = (g if wanted else None for g, wanted in zip(found, wants, strict=True))
-    return (
-        dx,
-        dweight,
-        dbias,
-        dnorm_weight,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )  # autograd casts dbias to the dtype of the bias
+    # autograd casts dbias to the dtype of the bias
+    return dx, dweight, dbias, dnorm_weight, *[None] * 5
 
 
 def _backward_op(  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from .._dispatch import define_differentiable
-from ..bitlinear.op import grouped_bitlinear
+from ..bitlinear.op import grouped_bitlinear, segments
 from ..bitlinear.reference import fake_quantize_tokens, fake_quantize_weight, rms_norm
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -49,12 +49,6 @@ class _Take(torch.autograd.Function):
         if ctx.copies > 1:
             gathered = gathered.unflatten(0, (-1, ctx.copies)).sum(1, dtype=wide).to(grad.dtype)
         return gathered, None, None, None
-
-
-def segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
-    """The non-empty (expert, its rows)."""
-    stops = ends.tolist()
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if b > a]
 
 
 def _grouped_forward(
