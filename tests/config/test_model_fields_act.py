@@ -445,7 +445,7 @@ def moe_z_loss() -> None:
 
 def bias_step(**fields: Any) -> Tensor | None:
     model = encoder(**MOE, **fields)
-    model.update_moe_bias(model(IDS).moe_stats)
+    model.update_moe_bias(model.expert_loads(model(IDS).moe_stats))
     return model.layers[0].ffn.select_bias
 
 

@@ -819,9 +819,9 @@ def galore_per_layer() -> None:
     left: list[list[str]] = []
     original = trainer.Trainer.statistics
 
-    def statistics(self: trainer.Trainer, moe_stats: Any) -> Any:
+    def statistics(self: trainer.Trainer, loads: Any) -> Any:
         left.append([name for name, param in self.model.named_parameters() if param.grad is not None])
-        return original(self, moe_stats)
+        return original(self, loads)
 
     with mock.patch.object(trainer.Trainer, "statistics", statistics):
         runs = [galore_run(max_steps=1, galore_per_layer=on, gradient_log_interval=1) for on in (False, True)]

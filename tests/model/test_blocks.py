@@ -288,10 +288,23 @@ def test_bias_balancing_moves_towards_the_idle_expert() -> None:
     ffn = model.layers[0].ffn
     out = model(IDS, None, IDS)
     load = out.moe_stats[0].counts.float()
-    model.update_moe_bias(out.moe_stats)
+    model.update_moe_bias(model.expert_loads(out.moe_stats))
     torch.testing.assert_close(ffn.select_bias.float(), 0.01 * torch.sign(load.mean() - load))
     assert "select_bias" in {n.rpartition(".")[2] for n in model.state_dict()}
     assert float(out.aux_loss) == pytest.approx(0.001 * float(out.moe_stats[0].z), rel=1e-6)  # no balance term
+
+
+def test_expert_loads_are_of_a_layer_in_all_its_loops() -> None:
+    model = model_of(use_moe=True, moe_balance="bias", num_layers=2, num_loops=3)
+    stats = model(IDS).moe_stats
+    loads = model.expert_loads(stats)
+    assert loads.shape == (2, 4) and int(loads.sum()) == 2 * 3 * 2 * IDS.numel()
+    for layer in range(2):
+        assert torch.equal(loads[layer], sum(stats[2 * loop + layer].counts for loop in range(3)))
+    model.update_moe_bias(torch.tensor([[1, 2, 3, 2], [8, 0, 8, 8]]))
+    assert [layer.ffn.select_bias.sign().tolist() for layer in model.layers] == [[1, 0, -1, 0], [-1, 1, -1, -1]]
+    dense = model_of()
+    assert dense.expert_loads(dense(IDS).moe_stats).shape == (0, 0)
 
 
 def test_bitnet_quantises_the_blocks_maps_and_nothing_else() -> None:

@@ -51,7 +51,7 @@ class TinyModel(nn.Module):
         x = x + scores[..., :1]
         rows, target = x[labels != -100], labels[labels != -100]
         logits = self.head(rows)
-        counts = torch.bincount((scores + self.select_bias).argmax(-1).flatten(), minlength=2).float()
+        counts = torch.bincount((scores + self.select_bias).argmax(-1).flatten(), minlength=2)
         loss_sum = F.cross_entropy(logits.float(), target, reduction="sum")
         aux = 0.01 * self.router(x.detach()).softmax(-1).mean((0, 1)).square().sum()
         return SimpleNamespace(
@@ -63,9 +63,11 @@ class TinyModel(nn.Module):
             moe_stats=(Stats(counts, scores.mean((0, 1)).detach(), scores.new_zeros(())),),
         )
 
-    def update_moe_bias(self, moe_stats) -> None:
-        counts = moe_stats[0].counts
-        self.select_bias += 1e-3 * torch.sign(counts.mean() - counts)
+    def expert_loads(self, moe_stats):
+        return moe_stats[0].counts[None]
+
+    def update_moe_bias(self, loads) -> None:
+        self.select_bias += 1e-3 * torch.sign(loads[0].float().mean() - loads[0])
 
     def param_groups(self):
         groups = {name: [] for name in ("embeddings", "norms", "ode", "retnet", "mamba", "attention", "other")}

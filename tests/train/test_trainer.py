@@ -45,8 +45,8 @@ def test_accumulation_is_weighted_by_tokens(tiny, tmp_path: Path) -> None:
         t = make_trainer(tiny, tmp_path, batch_size=size, gradient_accumulation_steps=accum)
         micro_batches = next(t.data.train_batches(0))
         assert accum == 1 or len({b.num_labelled for b in micro_batches}) > 1  # else any weighting would do
-        loss, _, stats = t.backward(micro_batches)
-        grads[size] = (loss, stats[0].counts, t.model.left.weight.grad, t.model.embedding.weight.grad)
+        loss, _, loads = t.backward(micro_batches)
+        grads[size] = (loss, loads, t.model.left.weight.grad, t.model.embedding.weight.grad)
     for size in (2, 1):
         for got, want in zip(grads[size], grads[8], strict=True):
             # Sums of about 200 float32 terms in another order.

@@ -160,13 +160,17 @@ class Encoder(Component):
         losses = [experts[i % len(experts)].auxiliary_loss(s) for i, s in enumerate(stats) if experts]
         return torch.stack(losses).mean() if losses else like.new_zeros((), dtype=torch.float32)
 
-    def update_moe_bias(self, moe_stats: Sequence[MoEStats]) -> None:
-        """After an optimizer step: balances the experts by their load in that step, summed over loops."""
-        for i, layer in enumerate(self.layers):
+    def expert_loads(self, moe_stats: Sequence[MoEStats]) -> torch.Tensor:
+        """`[layers, E]`: tokens that each expert of each layer got, summed over the loops; `[0, 0]` without experts."""
+        if not moe_stats:
+            return next(self.parameters()).new_empty(0, 0)
+        return torch.stack([stats.counts for stats in moe_stats]).unflatten(0, (self.num_loops, -1)).sum(0)
+
+    def update_moe_bias(self, loads: torch.Tensor) -> None:
+        """After an optimizer step: balances the experts by their loads `[layers, E]` in that step."""
+        for layer, load in zip(self.layers, loads, strict=False):
             if isinstance(layer.ffn, MoEFFN):
-                loads = [s.counts for s in moe_stats[i :: len(self.layers)]]
-                if loads:
-                    layer.ffn.update_bias(torch.stack(loads).sum(0))
+                layer.ffn.update_bias(load)
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter, bool]]]:
         """Optimizer group -> (name, parameter, decayed?); the nearest module around it that has a group decides."""

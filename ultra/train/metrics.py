@@ -59,15 +59,15 @@ class MetricsLog:
         self.truncate(upto)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a training row; `moe_counts`, a list of tensors [E] per layer, becomes the moe columns."""
+        """Keep a training row; `moe_loads` `[layers, E]`, tokens per expert, becomes the moe columns."""
         self.rows.append(row)
 
     def flush(self) -> None:
         if not self.rows:
             return
         for row in self.rows:
-            row |= {key: value.item() for key, value in row.items() if isinstance(value, Tensor)}
-            row |= moe_columns([counts.tolist() for counts in row.pop("moe_counts", [])])
+            row |= {key: value.tolist() for key, value in row.items() if isinstance(value, Tensor)}
+            row |= moe_columns(row.pop("moe_loads", []))
         last, now = self.rows[-1], time.perf_counter()
         rate = round((last["tokens"] - self.tokens) / max(now - self.clock, 1e-9), 1)
         self.write([{**row, "tokens_per_s": rate} for row in self.rows])
@@ -139,8 +139,8 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def moe_columns(counts: list[list[float]]) -> dict[str, Any]:
-    """Router statistics of one step from the tokens per layer and expert.
+def moe_columns(counts: list[list[int]]) -> dict[str, Any]:
+    """Router statistics of one step from the tokens per layer and expert, of all loops together.
 
     moe_load: share of the tokens, per layer and expert; moe_entropy: mean over layers of the load's entropy
     over that of equal loads, 1 is balanced; moe_dead_experts: how many got no token.

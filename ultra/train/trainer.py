@@ -124,14 +124,15 @@ class Trainer:
 
                 factor, decay = self.rates()
                 self.optimizer.set_rates(factor, decay=decay)
-                loss, aux_loss, moe_stats = self.backward(micro_batches)
-                statistics = self.statistics(moe_stats)
+                loss, aux_loss, loads = self.backward(micro_batches)
+                statistics = self.statistics(loads)
                 norm = self.optimizer.grad_norm(self.optimizer.params)
                 nn.utils.clip_grads_with_norm_(self.optimizer.params, cfg.grad_clip_max_norm, norm, foreach=True)
                 bad = self.gate(loss + aux_loss, norm, s.step)
                 self.optimizer.step(bad.float())
                 self.optimizer.zero_grad()
-                self.update_moe_bias(moe_stats, bad)
+                # a bad step reads as no load at all, which moves nothing
+                self.model.update_moe_bias(torch.where(bad, 0, loads))  # type: ignore[operator]
 
                 s.step += 1
                 self.note(loss + aux_loss, norm, bad)
@@ -174,15 +175,15 @@ class Trainer:
             self.metrics.close()
         return EXIT_DONE if s.step >= self.total_steps else EXIT_INTERRUPTED
 
-    def backward(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor, list[Any]]:
+    def backward(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the mean cross-entropy over all labelled tokens of the step, plus the auxiliary losses.
 
         Token-weighted: any split of the same samples into micro-batches gives the same gradient. Returns that
-        mean, the auxiliary losses, and each MoE layer's MoEStats with the counts of the whole step.
+        mean, the auxiliary losses, and how many tokens each expert of each layer got `[layers, E]`.
         """
         labelled = sum(batch.num_labelled for batch in micro_batches)
         loss = aux_loss = torch.zeros((), device=self.device)
-        moe_stats = []
+        loads = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(self.dropout_seed(self.state.data_step, micro))
             batch = batch.to(self.device, non_blocking=True)
@@ -200,15 +201,10 @@ class Trainer:
                 self.optimizer.before_backward(~torch.isfinite(objective), self.scale.value)
                 (objective * self.scale.value).backward()
             loss, aux_loss = loss + micro_loss.detach(), aux_loss + micro_aux.detach()
-            moe_stats.append(out.moe_stats)
+            loads.append(self.model.expert_loads(out.moe_stats))  # type: ignore[operator]
         if self.scale.active:
             torch._foreach_div_([p.grad for p in self.optimizer.params if p.grad is not None], self.scale.value)
-        # The loads of all micro-batches, layer by layer.
-        merged = [
-            layer[0]._replace(counts=torch.stack([stats.counts for stats in layer]).sum(0))
-            for layer in zip(*moe_stats, strict=True)
-        ]
-        return loss, aux_loss, merged
+        return loss, aux_loss, torch.stack(loads).sum(0)
 
     def dropout_seed(self, data_step: int, micro: int) -> int:
         return counter_seed(self.training.seed, data_step, micro, self.rank)
@@ -231,7 +227,7 @@ class Trainer:
         factor = lr_factor(step, self.training, two_stage) * self.state.lr_scale
         return factor, 0.0 if two_stage and step >= second_stage(self.training) else 1.0
 
-    def statistics(self, moe_stats: list[Any]) -> dict[str, Any]:
+    def statistics(self, loads: Tensor) -> dict[str, Any]:
         """Gradient norm per group before clipping and the experts' loads, at the steps where they are due."""
         cfg = self.training
         row: dict[str, Any] = {"loss_scale": self.scale.value} if self.scale.active else {}
@@ -239,16 +235,10 @@ class Trainer:
             for group in self.groups:
                 if group.params:
                     row[f"grad_norm_{group.name}"] = self.optimizer.grad_norm(group.tensors)
-            row["moe_counts"] = [stats.counts for stats in moe_stats]
+            row["moe_loads"] = loads
             if self.device.type == "cuda":
                 row["max_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
         return row
-
-    def update_moe_bias(self, moe_stats: list[Any], bad: Tensor) -> None:
-        """One step of the experts' selection bias; after a bad step all loads read 0, which moves nothing."""
-        if moe_stats:
-            gated = [stats._replace(counts=torch.where(bad, 0, stats.counts)) for stats in moe_stats]
-            self.model.update_moe_bias(gated)  # type: ignore[operator]
 
     def note(self, objective: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Keep what look_at_flags needs, and let the loss scale follow an overflow."""
