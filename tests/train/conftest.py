@@ -171,7 +171,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def tiny(monkeypatch):
     """TinyModel and TinyData in the place of the real ones; `tiny.run(run_dir, **training)` trains them."""
     monkeypatch.setattr(trainer, "build_model", lambda cfg: TinyModel(cfg.model.dropout))
-    monkeypatch.setattr(trainer, "open_data", lambda cfg, should_stop=None: TinyData(cfg))
+    monkeypatch.setattr(trainer, "open_data", lambda cfg, **options: TinyData(cfg))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     def run(run_dir, resume="auto", **training) -> int:

@@ -57,7 +57,7 @@ def test_dropout_depends_on_the_counters_alone(tiny, tmp_path: Path) -> None:
     def gradient(step: int, noise: int, rank: int = 0) -> torch.Tensor:
         t = make_trainer(tiny, tmp_path, tiny.Model(dropout=0.5))
         t.model.load_state_dict(weights)
-        t.state.data_step, t.rank = step, rank
+        t.state.data_step, t.processes.rank = step, rank
         batches = next(t.data.train_batches(0))
         torch.manual_seed(noise)
         t.backward(batches)
@@ -282,7 +282,7 @@ def test_two_processes_cannot_share_a_run_folder(tiny, tmp_path: Path) -> None:
         tiny.run(tmp_path)
 
 
-def test_several_processes_are_refused(tiny, tmp_path: Path, monkeypatch) -> None:
+def test_several_processes_that_do_not_find_each_other(tiny, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="torchrun"):
         tiny.run(tmp_path)

@@ -119,6 +119,17 @@ class MetricsLog:
             tracker.close()
 
 
+class NoMetrics:
+    """In the place of a MetricsLog where another process writes it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, *args: object) -> None: ...
+
+    flush = write = skip_time = truncate = close = add
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a metrics.jsonl; the last line may be incomplete after a kill and is then left out."""
     if not path.exists():

@@ -7,10 +7,10 @@ import errno
 import hashlib
 import logging
 import math
-import os
 import platform
 import struct
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from ultra.model import Encoder, build_model
 from ultra.train import checkpoint, health
 from ultra.train.compiling import any_size, compile_encoder
 from ultra.train.evaluation import evaluate
-from ultra.train.metrics import MetricsLog, log_to_folder, open_trackers
+from ultra.train.metrics import MetricsLog, NoMetrics, log_to_folder, open_trackers
 from ultra.train.optim import GroupedOptimizer, collect_groups, table, warn_if_rates_cannot_train
 from ultra.train.precision import LossScale, amp_dtype, autocast, pick_device
+from ultra.train.processes import Processes, joined, own_device
 from ultra.train.resume import (
     find_start,
     refuse_other_model,
@@ -74,7 +75,7 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """One run. `rank` and `world_size` choose the share of each global batch that this process takes."""
+    """One run, or the part of it that is this one of several `processes`: its share of each step's samples."""
 
     def __init__(
         self,
@@ -84,13 +85,17 @@ class Trainer:
         data: CorpusData,
         device: torch.device,
         stop: StopFlag,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        processes: Processes | None = None,
     ) -> None:
         self.cfg, self.training, self.run_dir = cfg, cfg.training, run_dir
         self.model, self.data, self.device, self.stop = model, data, device, stop
-        self.rank, self.world_size = rank, world_size
+        self.processes = processes or Processes()
+        if self.processes.several and self.training.use_galore and self.training.galore_per_layer:
+            raise UserError(
+                "training.galore_per_layer updates weights before the processes have exchanged gradients; set it to "
+                "false, or train in one process"
+            )
+        self.replica = self.processes.replica(model)
         self.total_steps = self.training.steps
         self.groups = collect_groups(model, self.training)
         self.optimizer = GroupedOptimizer(self.groups, self.training)
@@ -105,10 +110,11 @@ class Trainer:
     def run(self) -> int:
         s, cfg, other = self.state, self.training, self.training.optim("other")
         self.metrics = self.open_metrics()
-        batches = self.data.train_batches(s.data_step, rank=self.rank, world_size=self.world_size)
+        batches = self.train_batches(s.data_step)
         self.model.train()
         try:
             while True:
+                self.stop.agree(self.processes)
                 if self.evaluation_due():
                     self.evaluate()
                 if self.checkpoint_due():
@@ -137,7 +143,7 @@ class Trainer:
                 s.step += 1
                 self.note(loss + aux_loss, norm, bad)
                 s.data_step += 1
-                s.tokens += sum(batch.input_ids.numel() for batch in micro_batches)
+                s.tokens += int(self.processes.total(sum(batch.input_ids.numel() for batch in micro_batches))[0])
                 self.metrics.add(
                     {
                         "step": s.step,
@@ -178,18 +184,21 @@ class Trainer:
     def backward(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the mean cross-entropy over all labelled tokens of the step, plus the auxiliary losses.
 
-        Token-weighted: any split of the same samples into micro-batches gives the same gradient. Returns that
-        mean, the auxiliary losses, and how many tokens each expert of each layer got `[layers, E]`.
+        Token-weighted: any split of the same samples into micro-batches and processes gives the same gradient.
+        Returns that mean, the auxiliary losses, and how many tokens each expert of each layer got `[layers, E]`.
         """
-        labelled = sum(batch.num_labelled for batch in micro_batches)
+        labelled, world_size = self.labelled(micro_batches), self.processes.world_size
         loss = aux_loss = torch.zeros((), device=self.device)
         loads = []
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(self.dropout_seed(self.state.data_step, micro))
             batch = batch.to(self.device, non_blocking=True)
-            with self.backend():
+            with ExitStack() as stack:
+                stack.enter_context(self.backend())
+                if micro < len(micro_batches) - 1:
+                    stack.enter_context(self.processes.keep_gradients(self.replica))
                 with autocast(self.device, None if self.state.reference_ops else self.amp_dtype):
-                    out = self.model(
+                    out = self.replica(
                         batch.input_ids,
                         labels=batch.labels,
                         cu_seqlens=batch.cu_seqlens,
@@ -197,17 +206,27 @@ class Trainer:
                     )
                 micro_loss = out.loss_sum.float() / labelled
                 micro_aux = out.aux_loss.float() / len(micro_batches)
-                objective = micro_loss + micro_aux
+                objective = micro_loss * world_size + micro_aux  # gradients of processes are averaged
                 self.optimizer.before_backward(~torch.isfinite(objective), self.scale.value)
                 (objective * self.scale.value).backward()
             loss, aux_loss = loss + micro_loss.detach(), aux_loss + micro_aux.detach()
             loads.append(self.model.expert_loads(out.moe_stats))  # type: ignore[operator]
         if self.scale.active:
             torch._foreach_div_([p.grad for p in self.optimizer.params if p.grad is not None], self.scale.value)
-        return loss, aux_loss, torch.stack(loads).sum(0)
+        load = torch.stack(loads).sum(0)
+        if not self.processes.several:
+            return loss, aux_loss, load
+        # float64 holds counts of tokens exactly
+        own = torch.cat([loss[None].double(), aux_loss[None].double() / world_size, load.flatten().double()])
+        loss, aux_loss, *_ = sums = self.processes.sum(own)
+        return loss.float(), aux_loss.float(), sums[2:].to(load.dtype).view_as(load)
+
+    def labelled(self, micro_batches: list[Batch]) -> float:
+        """Labels of the step in all processes."""
+        return self.processes.total(sum(batch.num_labelled for batch in micro_batches))[0]
 
     def dropout_seed(self, data_step: int, micro: int) -> int:
-        return counter_seed(self.training.seed, data_step, micro, self.rank)
+        return counter_seed(self.training.seed, data_step, micro, self.processes.rank)
 
     def backend(self, *, eager: bool = False) -> AbstractContextManager[object]:
         """What the run's forward passes run on. eager: also of a compiled model, where hooks look inside or the number
@@ -279,11 +298,14 @@ class Trainer:
 
     def samples_of(self, data_step: int) -> str:
         """Numbers of the first and the last window of a step, over all processes."""
-        size = self.training.gradient_accumulation_steps * self.training.batch_size * self.world_size
+        size = self.training.gradient_accumulation_steps * self.training.batch_size * self.processes.world_size
         return f"{data_step * size}-{(data_step + 1) * size - 1}"
 
     def batches_of(self, data_step: int) -> list[Batch]:
-        return next(self.data.train_batches(data_step, rank=self.rank, world_size=self.world_size))
+        return next(self.train_batches(data_step))
+
+    def train_batches(self, data_step: int) -> Iterator[list[Batch]]:
+        return self.data.train_batches(data_step, rank=self.processes.rank, world_size=self.processes.world_size)
 
     def diagnose(self, data_step: int) -> None:
         """Tell a fault of data or weights from one of a kernel or mixed precision, and act on the latter."""
@@ -292,8 +314,9 @@ class Trainer:
         with self.backend(eager=True):
             dtype = None if self.state.reference_ops else self.amp_dtype
             again = health.rerun(self.model, batches, seeds, self.device, dtype)
-        found = "; ".join(again.found[:8]) or f"gradient norm {again.norm:.4g}"
-        if not self.gate.bad(again.loss, again.norm):
+        any_process = self.processes.any
+        found = "; ".join(self.processes.collect(again.found[:8])) or f"gradient norm {again.norm:.4g}"
+        if not any_process(bool(self.gate.bad(again.loss, again.norm))):
             log.warning(
                 "made again with the present weights it is a good step (%s); its samples are passed over", found
             )
@@ -301,9 +324,9 @@ class Trainer:
         with self.backend(eager=True):
             reference = health.rerun_on_reference(self.model, batches, self.device)
         # Other dropout masks move a norm, but not by half.
-        alike = bool(self.gate.bad(reference.loss, reference.norm) | (reference.norm > again.norm / 2))
+        alike = any_process(bool(self.gate.bad(reference.loss, reference.norm) | (reference.norm > again.norm / 2)))
         if alike or self.state.reference_ops:
-            culprits = "; ".join(reference.found[:8]) or f"gradient norm {reference.norm:.4g}"
+            culprits = "; ".join(self.processes.collect(reference.found[:8])) or f"gradient norm {reference.norm:.4g}"
             log.warning("data or weights are at fault: bad on the reference ops in fp32 too (%s): %s", found, culprits)
             return
         log.warning(
@@ -316,9 +339,10 @@ class Trainer:
     def go_back(self, data_step: int) -> None:
         """To the last good checkpoint, or to the start where there is none, at half the rates."""
         s = self.state
-        step = self.last_good() or 0
+        step = self.processes.from_main(self.last_good) or 0
         if self.training.max_nan_retries == 0 or step == s.rolled_back_to:
-            dump = self.run_dir / f"dump-step-{s.step:08d}"
+            own = f"-rank-{self.processes.rank}" if self.processes.several else ""
+            dump = self.run_dir / f"dump-step-{s.step:08d}{own}"
             with self.backend(eager=True):
                 dtype = None if s.reference_ops else self.amp_dtype
                 health.dump(dump, self.model, self.batches_of(data_step), self.device, dtype)
@@ -336,7 +360,7 @@ class Trainer:
             self.restore(checkpoint.folder(self.run_dir, step))
         s.data_step, s.skipped, s.reference_ops = now.data_step, now.skipped, now.reference_ops
         s.lr_scale, s.rolled_back_to = now.lr_scale / 2, step
-        checkpoint.set_aside_after(self.run_dir, step)
+        self.processes.from_main(lambda: checkpoint.set_aside_after(self.run_dir, step))
         self.metrics.flush()
         self.metrics.truncate(step)
         self.metrics.skip_time(s.tokens)
@@ -391,6 +415,7 @@ class Trainer:
                 device=self.device,
                 dtype=None if s.reference_ops else self.amp_dtype,
                 should_stop=self.stop,
+                processes=self.processes,
             )
         self.metrics.skip_time(s.tokens)
         if row is None:  # a signal: the resumed run evaluates this step
@@ -436,26 +461,16 @@ class Trainer:
         former = s.best
         if self.among_best():
             s.best = sorted([*s.best, (self.eval_loss, s.step)])[: self.training.num_best_checkpoints]
-        self.stop.checkpoint = False
+        self.stop.done_checkpoint()
         self.metrics.flush()
         self.saved = s.step
-        try:
-            path = checkpoint.save(
-                self.run_dir,
-                s.step,
-                model=checkpoint.model_tensors(self.model),
-                optimizer=self.optimizer.state_tensors(),
-                state={
-                    **dataclasses.asdict(s),
-                    "gate": self.gate.state(),
-                    "loss_scale": [self.scale.value.item(), self.scale.good_steps.item()],
-                    "seed": self.training.seed,
-                    "world_size": self.world_size,
-                    "versions": versions(),
-                },
-                config=self.cfg.to_yaml(),
-                tokenizer=self.data.tokenizer.to_str(),
+        if not self.processes.alike(self.optimizer.params):
+            raise Stopped(
+                f"the weights of the {self.processes.world_size} processes differ at step {s.step}: a GPU or the "
+                "network is at fault; the same command goes on from the last checkpoint"
             )
+        try:
+            path = self.processes.from_main(self.write_checkpoint)
         except OSError as error:
             s.best = former
             if self.stop() or s.step >= self.total_steps:
@@ -464,12 +479,35 @@ class Trainer:
                 ) from error
             log.warning("no checkpoint at step %d: %s; the earlier ones stay, training goes on", s.step, error)
             return
-        there = checkpoint.steps(self.run_dir)
+        if self.processes.main:
+            self.prune()
+        self.metrics.skip_time(s.tokens)
+        log.info("checkpoint %s", path)
+
+    def write_checkpoint(self) -> Path:
+        s = self.state
+        return checkpoint.save(
+            self.run_dir,
+            s.step,
+            model=checkpoint.model_tensors(self.model),
+            optimizer=self.optimizer.state_tensors(),
+            state={
+                **dataclasses.asdict(s),
+                "gate": self.gate.state(),
+                "loss_scale": [self.scale.value.item(), self.scale.good_steps.item()],
+                "seed": self.training.seed,
+                "world_size": self.processes.world_size,
+                "versions": versions(),
+            },
+            config=self.cfg.to_yaml(),
+            tokenizer=self.data.tokenizer.to_str(),
+        )
+
+    def prune(self) -> None:
+        s, there = self.state, checkpoint.steps(self.run_dir)
         recent = there[-self.training.max_rolling_checkpoints :]
         last_good = next((step for step in reversed(there) if self.good(step)), s.step)
         checkpoint.prune(self.run_dir, {s.step, last_good, *recent, *(step for _, step in s.best)})
-        self.metrics.skip_time(s.tokens)
-        log.info("checkpoint %s", path)
 
     def restore(self, path: Path) -> None:
         """Everything back to what it was when the checkpoint at `path` was written."""
@@ -488,8 +526,10 @@ class Trainer:
         self.state.pending = [(step, data_step) for step, data_step in saved["pending"]]
         self.saved, self.made = self.state.step, []
 
-    def open_metrics(self) -> MetricsLog:
+    def open_metrics(self) -> MetricsLog | NoMetrics:
         s = self.state
+        if not self.processes.main:
+            return NoMetrics()
         return MetricsLog(
             self.run_dir,
             upto=s.step if s.data_step else -1,
@@ -523,26 +563,40 @@ def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
     """Train as `cfg` says in `run_dir`; the exit code: 0 done, 1 stopped, 75 interrupted and resumable.
 
     resume: "auto" goes on from the run folder's newest whole checkpoint if there is one, "never" refuses a
-    folder that has one, a path goes on from that checkpoint. Raises UserError for what the user can mend.
+    folder that has one, a path goes on from that checkpoint. Raises UserError for what the user can mend. Started by
+    torchrun, its processes train one model, each on its share of the samples (DistributedDataParallel); all must see
+    the same run_dir.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "started as several processes, but this version trains in one; run `ultra train` without torchrun"
-        )
     run_dir = Path(run_dir)
+    device = own_device(pick_device(cfg.training.device))
+    with joined(device) as processes, ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals(processes.several))
+
+        def open_folder() -> Path | None:
+            stack.enter_context(_locked(run_dir))
+            stack.enter_context(log_to_folder(run_dir))
+            return find_start(run_dir, resume)
+
+        path = processes.from_main(open_folder)
+        if not run_dir.is_dir() or (path is not None and not path.is_dir()):
+            raise UserError(f"--run-dir {run_dir}: process {processes.rank} does not see it; name a shared folder")
+        return _train(cfg, run_dir, path, stop, processes, device)
+
+
+def _locked(run_dir: Path) -> AbstractContextManager[object]:
+    """The run folder, made where there is none, and its lock held."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock", timeout=0).acquire()
+        return FileLock(run_dir / ".lock", timeout=0).acquire()
     except Timeout:
         raise UserError(f"another process is training in {run_dir}; take another --run-dir") from None
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror}; name a folder that can be made and written") from None
-    with lock, log_to_folder(run_dir), stop_on_signals() as stop:
-        return _train(cfg, run_dir, find_start(run_dir, resume), stop)
 
 
-def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> int:
-    device = pick_device(cfg.training.device)
+def _train(
+    cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag, processes: Processes, device: torch.device
+) -> int:
     model = fresh_model(cfg)
     # What the run starts from, and whether it fits, before hours of tokenising.
     source = path
@@ -553,23 +607,26 @@ def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> 
         checkpoint.copy_into(model, checkpoint.read_tensors(source, "model.safetensors"), source)
         warn_of_other_model(cfg, source)
         log.info("weights from %s", source)
-    count = sum(p.numel() for p in model.parameters())
+    count, where = sum(p.numel() for p in model.parameters()), str(device)
+    if processes.several:
+        where = f"{processes.world_size} processes, this one on {device}"
     log.info("ultra %(ultra)s, torch %(torch)s, Python %(python)s", versions())
-    log.info("%s parameters on %s, run folder %s", f"{count:,}", device, run_dir)
+    log.info("%s parameters on %s, run folder %s", f"{count:,}", where, run_dir)
     data_cfg = cfg if source is None else with_tokenizer_of(cfg, source)
     try:
-        data = open_data(data_cfg, should_stop=stop)
+        data = _open_data(data_cfg, stop, processes)
     except Interrupted:
         log.info("interrupted while the data was prepared; the same command goes on from there")
         return EXIT_INTERRUPTED
     try:
-        trainer = Trainer(cfg, run_dir, model.to(device), data, device, stop)
+        trainer = Trainer(cfg, run_dir, model.to(device), data, device, stop, processes)
         if path is not None:
             refuse_other_vocabulary(data.tokenizer, path)
             trainer.restore(path)
-            checkpoint.set_aside_after(run_dir, trainer.state.step)
+            processes.from_main(lambda: checkpoint.set_aside_after(run_dir, trainer.state.step))
             log.info("resumed at step %d from %s", trainer.state.step, path)
-        (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
+        if processes.main:
+            (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
         log.info("parameter groups:\n%s", table(trainer.groups))
         warn_if_rates_cannot_train(
             trainer.groups, trainer.total_steps, cfg.training, cfg.model.initial_std, cfg.model.bitnet_two_stage
@@ -587,3 +644,22 @@ def _train(cfg: RunConfig, run_dir: Path, path: Path | None, stop: StopFlag) -> 
     if code == EXIT_INTERRUPTED:
         log.info("interrupted at step %d; the same command goes on from there", trainer.state.step)
     return code
+
+
+def _open_data(cfg: RunConfig, stop: StopFlag, processes: Processes) -> CorpusData:
+    """The main process first: the others find what it has made."""
+    if not processes.several:
+        return open_data(cfg, should_stop=stop)
+    opened: list[CorpusData] = []
+
+    def should_stop() -> bool:
+        return stop() or (not opened and stop.stop_asked)  # once open, a signal waits until all have agreed
+
+    def open_share() -> None:
+        share = {"rank": processes.rank, "world_size": processes.world_size}
+        opened.append(open_data(cfg, should_stop=should_stop, **share))
+
+    processes.from_main(open_share)
+    if not processes.main:
+        open_share()
+    return opened[0]
