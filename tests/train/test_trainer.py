@@ -288,6 +288,16 @@ def test_several_processes_that_do_not_find_each_other(tiny, tmp_path: Path, mon
         tiny.run(tmp_path)
 
 
+def test_resuming_with_another_batch_size_sees_no_sample_twice(tiny, tmp_path: Path, capsys) -> None:
+    tiny.run(tmp_path, max_steps=3)  # 3 steps of 4 × 2 samples
+    t = make_trainer(tiny, tmp_path, batch_size=5, gradient_accumulation_steps=2)
+    t.restore(checkpoint.latest(tmp_path))
+    assert t.state.step == 3 and t.state.data_step == 3  # sample 30: 24 are seen, and a step begins at 20 and 30
+    t = make_trainer(tiny, tmp_path, batch_size=2, gradient_accumulation_steps=1)
+    t.restore(checkpoint.latest(tmp_path))
+    assert t.state.data_step == 12 and t.samples_of(12) == "24-25"
+
+
 # Checkpoints of a run
 
 
@@ -699,11 +709,11 @@ def test_sigterm_exits_75_and_the_same_command_finishes_with_equal_bits(tiny, tm
 
 
 def test_second_sigterm_exits_at_once(tmp_path: Path) -> None:
-    child = spawn(tmp_path, 1.0)
+    child = spawn(tmp_path, 20.0)  # a step takes longer than the test
     wait_for_rows(child, tmp_path, 1)
-    child.terminate()
-    time.sleep(0.2)
-    child.terminate()
+    while child.poll() is None:  # on a busy machine two signals may arrive as one
+        child.terminate()
+        time.sleep(0.2)
     child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGTERM
 

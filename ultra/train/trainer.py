@@ -298,8 +298,12 @@ class Trainer:
 
     def samples_of(self, data_step: int) -> str:
         """Numbers of the first and the last window of a step, over all processes."""
-        size = self.training.gradient_accumulation_steps * self.training.batch_size * self.processes.world_size
+        size = self.samples_per_step
         return f"{data_step * size}-{(data_step + 1) * size - 1}"
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.training.gradient_accumulation_steps * self.training.batch_size * self.processes.world_size
 
     def batches_of(self, data_step: int) -> list[Batch]:
         return next(self.train_batches(data_step))
@@ -497,6 +501,7 @@ class Trainer:
                 "loss_scale": [self.scale.value.item(), self.scale.good_steps.item()],
                 "seed": self.training.seed,
                 "world_size": self.processes.world_size,
+                "samples_per_step": self.samples_per_step,
                 "versions": versions(),
             },
             config=self.cfg.to_yaml(),
@@ -524,6 +529,13 @@ class Trainer:
         there = set(checkpoint.steps(self.run_dir))
         self.state.best = [(loss, step) for loss, step in saved["best"] if step in there]
         self.state.pending = [(step, data_step) for step, data_step in saved["pending"]]
+        before, now = saved.get("samples_per_step", self.samples_per_step), self.samples_per_step
+        if before != now:
+            self.state.data_step = -(-self.state.data_step * before // now)
+            log.warning(
+                "a step has %d samples, %d before: it goes on at sample %d, the first not seen that begins a step",
+                now, before, self.state.data_step * now,
+            )  # fmt: skip
         self.saved, self.made = self.state.step, []
 
     def open_metrics(self) -> MetricsLog | NoMetrics:
