@@ -37,7 +37,7 @@ def make_linear(
         norm = sub_norm or cfg.norm_type != "layer_norm"
         linear: nn.Module = BitLinear(cfg, in_features, out_features, norm=norm)
     else:
-        linear = nn.Linear(in_features, out_features, bias=False)
+        linear = ultra_kernels.nn.Linear(in_features, out_features, bias=False)
     init_normal_(linear.weight, cfg, residual_out=residual_out)  # type: ignore[arg-type]
     return linear
 

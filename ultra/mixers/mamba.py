@@ -16,6 +16,7 @@ from ultra.layers.linear import init_normal_, make_linear
 from ultra.layers.module import Mixer, wide
 from ultra.layers.sequences import Sequences
 from ultra_kernels import bidirectional_scan, causal_conv1d, selective_scan
+from ultra_kernels._products import linear
 
 
 class MambaFields(ModelFields):
@@ -102,7 +103,7 @@ class Mamba(Mixer):
         # Δ multiplies ln-spaced decays over the whole sequence: bfloat16 would change the memory length
         with torch.autocast(x.device.type, enabled=False):
             rows = wide(u.transpose(1, 2))  # [B,T,E]
-            parts = (rows @ wide(self.x_proj.weight).t()).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
+            parts = linear(rows, wide(self.x_proj.weight)).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
             dt, b, c = parts.split([self.R, self.N, self.N], -1)  # [directions,B,T,.]
             delta = (dt @ self.dt_weight.transpose(1, 2)[:, None]).transpose(2, 3)  # [directions,B,E,T]
             if self.bc_norm:

@@ -13,6 +13,7 @@ from ultra.config.fields import ModelFields
 from ultra.layers.linear import init_normal_
 from ultra.layers.module import Component
 from ultra.layers.sequences import Sequences
+from ultra_kernels.nn import Linear
 
 
 class EmbeddingFields(ModelFields):
@@ -39,7 +40,7 @@ class Embedding(Component):
         self.conv = EmbeddingConv(cfg, width) if cfg.use_embedding_conv else None
         self.projection = None
         if cfg.use_factorized_embedding:
-            self.projection = nn.Linear(width, cfg.hidden_size, bias=False)
+            self.projection = Linear(width, cfg.hidden_size, bias=False)
             nn.init.normal_(self.projection.weight, 0.0, width**-0.5)  # keeps the rows' root mean square
         # Rows of 0.02 under a norm bring loss spikes (arXiv:2312.16903): docs/LOG.md has the runs without this
         self.scale = nn.Parameter(torch.tensor(cfg.hidden_size**0.5)) if cfg.embedding_scale else None

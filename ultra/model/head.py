@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 
 from ultra.config.fields import ModelFields
 from ultra.layers.linear import BitLinear, init_normal_
@@ -15,6 +15,8 @@ from ultra.layers.module import Component
 from ultra.model.embedding import Embedding
 from ultra.norms import NORMS
 from ultra_kernels import masked_linear_cross_entropy
+from ultra_kernels._products import linear
+from ultra_kernels.nn import Linear
 
 
 class HeadFields(ModelFields):
@@ -38,7 +40,7 @@ class MLMHead(Component):
         self.norm: nn.Module | None = None
         if cfg.mlm_head == "dense":
             quantised = cfg.use_bitnet and cfg.bitnet_head
-            self.dense = BitLinear(cfg, D, D, norm=True) if quantised else nn.Linear(D, D, bias=False)
+            self.dense = BitLinear(cfg, D, D, norm=True) if quantised else Linear(D, D, bias=False)
             init_normal_(self.dense.weight, cfg)
             self.norm = NORMS[cfg.norm_type](cfg, D, site="head")
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size)) if cfg.head_bias else None
@@ -54,7 +56,7 @@ class MLMHead(Component):
         if self.dense is not None and self.norm is not None:
             hidden = self.norm(gelu(self.dense(hidden)))
         projection = self._embedding[0].projection
-        return hidden if self.decoder is not None or projection is None else hidden @ projection.weight
+        return hidden if self.decoder is not None or projection is None else linear(hidden, projection.weight.t())
 
     @property
     def vocabulary(self) -> torch.Tensor:
