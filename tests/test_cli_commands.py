@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -141,3 +143,32 @@ def test_a_reader_may_stop_early() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+ALLOCATOR = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from ultra.cli import keep_freed_memory
+done = sys.argv[2] == "yes" and keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = bytearray(64 * 2**20); del first
+before = faults()
+for _ in range(5):
+    block = bytearray(64 * 2**20); del block
+print(done, faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_freed_memory_is_kept_unless_the_user_has_chosen() -> None:
+    def run(wanted: str, **chosen: str) -> tuple[str, int]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_"))}
+        command = [sys.executable, "-c", ALLOCATOR, str(Path(__file__).parents[1]), wanted]
+        done = subprocess.run(command, env=environment | chosen, capture_output=True, text=True, check=True)
+        kept, faults = done.stdout.split()
+        return kept, int(faults)
+
+    # 64 MiB are 16384 pages of 4 KiB, or 32 of 2 MiB; kept, they are never touched for the first time again
+    assert run("yes") == ("True", pytest.approx(0, abs=10))
+    assert run("no")[1] > 100
+    assert run("yes", MALLOC_ARENA_MAX="2")[0] == "False" == run("yes", GLIBC_TUNABLES="glibc.malloc.check=0")[0]

@@ -22,6 +22,7 @@ def train(args: argparse.Namespace) -> int:
 
     cfg = load_config(args.config, args.overrides)  # before the slow import: errors come at once
 
+    keep_freed_memory()
     from ultra.train import train as run
 
     return run(cfg, run_dir=args.run_dir or Path("runs") / Path(args.config).stem, resume=args.resume)
@@ -392,6 +393,24 @@ def sleep_while_waiting() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep what tensors free for the next ones, unless the user has set or replaced its allocator.
+
+    By default every large tensor is mapped anew, and its pages are cleared when they are first touched: a third of the
+    time that `standard` spends in the system. Steps on a CPU are 1.1 to 1.15 times as fast, and take up to 1.04 of the
+    memory (docs/LOG.md). Returns whether it did so.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
+    chosen = [name for name in os.environ if name.startswith("MALLOC_")]
+    if not sys.platform.startswith("linux") or chosen or {"LD_PRELOAD", "GLIBC_TUNABLES"} & os.environ.keys():
+        return False
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28))
+    return mallopt is not None and all([mallopt(*setting) == 1 for setting in settings])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
