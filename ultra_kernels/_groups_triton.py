@@ -186,10 +186,10 @@ HALF = {
     128: Tile(64, 128, 64, 4, 4),
     256: Tile(128, 128, 64, 8, 3),
 }
-SINGLE = {16: Tile(16, 64, 32, 4, 2), 128: Tile(64, 64, 16, 4, 2)}
+SINGLE = {16: Tile(16, 64, 32, 4, 2), 128: Tile(64, 64, 16, 8, 2)}
 ODD = Tile(32, 32, 32, 4, 2)  # loads of single elements, whose addresses fill the registers of a larger tile
 # Tiles of a weight's gradient by the side of their square: 132 of 128 × 128 are one per multiprocessor of an H100.
-GRAD_HALF = {64: Tile(64, 64, 64, 4, 4), 128: Tile(64, 128, 128, 8, 3)}
+GRAD_HALF = {64: Tile(64, 64, 64, 4, 4), 128: Tile(32, 128, 128, 8, 4)}
 GRAD_SINGLE = {64: Tile(16, 64, 64, 8, 2)}
 MANY_TILES = 132
 SPAN, ROWS, COLS, SUM_WARPS = 256, 16, 128, 4  # of column sums
