@@ -26,7 +26,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 6;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 7;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 
@@ -166,6 +166,10 @@ struct MoEProblem : ultra::MoEProblem {
 
 using Sizes = std::array<int64_t, 3>;
 ultra::TernaryMatrix ternary_matrix(Address codes, const Sizes& n) { return {ptr<const uint8_t>(codes), n[1], n[2]}; }
+// Without ends all rows are one group.
+ultra::TernaryGroups ternary_groups(Address ends, int64_t count, const Sizes& n) {
+    return ends ? ultra::TernaryGroups{ptr<const int64_t>(ends), count} : ultra::TernaryGroups{&n[0], 1};
+}
 
 }  // namespace
 
@@ -313,13 +317,14 @@ PYBIND11_MODULE(_C, m) {
     }, Nogil());
     m.def("ternary_product", [](Address codes, Address step, Sizes n, Address weight, Address scale, Address bias,
                                 Address y, int dtype, Address scratch, int threads) {
-        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_matrix(weight, n), fin(scale),
-                                    fin(bias), out(y), dtype, ptr<char>(scratch), threads);
+        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_groups(0, 1, n),
+                                    ternary_matrix(weight, n), fin(scale), fin(bias), out(y), dtype,
+                                    ptr<char>(scratch), threads);
     }, Nogil());
-    m.def("ternary_linear", [](Address x, int64_t x_row, int dtype, Sizes n, Address weight, Address scale,
-                               Address bias, Address y, Address scratch, int threads) {
-        ULTRA_PICK(ternary_linear)(in(x), x_row, n[0], ternary_matrix(weight, n), fin(scale), fin(bias), out(y), dtype,
-                                   ptr<char>(scratch), threads);
+    m.def("ternary_linear", [](Address x, int64_t x_row, int dtype, Sizes n, Address ends, int64_t groups,
+                               Address weight, Address scale, Address bias, Address y, Address scratch, int threads) {
+        ULTRA_PICK(ternary_linear)(in(x), x_row, n[0], ternary_groups(ends, groups, n), ternary_matrix(weight, n),
+                                   fin(scale), fin(bias), out(y), dtype, ptr<char>(scratch), threads);
     }, Nogil());
     m.def("ternary_linear_scratch", [](int64_t M, int64_t K) { return ULTRA_PICK(ternary_linear_scratch)(M, K); });
     m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t N, int64_t K, bool median, Address gamma,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from ultra.cli import main
 from ultra.config import load_config
 from ultra.errors import UserError
 from ultra.export import save_ternary
-from ultra.export.ternary import linear_bytes, ternary_layers
+from ultra.export.ternary import every_tensor, linear_bytes, ternary_layers
 from ultra.inference import Pipeline
 from ultra.train import checkpoint, train
 from ultra_kernels import pack_ternary
-from ultra_kernels.nn import PackedBitLinear
+from ultra_kernels.nn import PackedMatrices
 
 TEXT = "The function returns a [MASK] of [MASK]."
 MODEL = (
@@ -163,9 +164,22 @@ def test_a_new_layout_of_the_codes_needs_a_new_version() -> None:
     codes = (torch.arange(40 * 50) * 7 % 11 % 3 - 1).to(torch.int8).view(40, 50)
     stored = pack_ternary(codes, torch.ones(())).codes
     digest = hashlib.sha256(stored.numpy().tobytes()).hexdigest()
-    assert (checkpoint.TERNARY, digest[:16]) == ("ternary-1", "68aeb5fb6d557c1a"), (
+    assert (checkpoint.TERNARY, digest[:16]) == ("ternary-2", "68aeb5fb6d557c1a"), (
         "files in the old layout read as other weights"
     )
+
+
+def test_a_folder_of_the_first_format_reads_the_same(trained: Pipeline, folder: Path, tmp_path: Path) -> None:
+    """It had the tensors of each expert apart."""
+    held = load_file(folder / "model.safetensors")
+    for key in [key for key in held if re.search(r"\.w_(in|out)\.", key)]:
+        start, _, leaf = key.rpartition(".")
+        held |= {f"{start}.{e}.{leaf}": part.clone() for e, part in enumerate(held.pop(key))}
+    texts = {name: (folder / name).read_text() for name in ("config.yaml", "tokenizer.json")}
+    checkpoint.write(tmp_path / "old", {"model.safetensors": held}, texts, "ternary-1")
+    assert any(key.endswith(".w_in.3.codes") for key in held)
+    old, new = (every_tensor(ultra.load_ternary(path).model) for path in (tmp_path / "old", folder))
+    assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in new)
 
 
 # ---- commands
@@ -243,7 +257,7 @@ BAD = {
     **{f"{name} gone": name for name in ("model.safetensors", "config.yaml", "tokenizer.json", "manifest.json")},
     "cut": "bytes, not",
     "manifest.json damaged": "manifest",
-    "newer": "its format is ternary-2, this version reads 2 and ternary-1",
+    "newer": "its format is ternary-3, this version reads 2 and ternary-1 and ternary-2",
     "not listed": "its manifest lacks tokenizer.json",
 }
 
@@ -262,7 +276,7 @@ def test_a_bad_folder_is_refused_in_words(kind: str, copied: Path, capsys: pytes
         weights = copied / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-9])
     elif what == "newer":
-        change(manifest, "format", "ternary-2")
+        change(manifest, "format", "ternary-3")
     else:
         files = json.loads(manifest.read_text())["files"]
         del files["tokenizer.json"]
@@ -288,10 +302,10 @@ def test_an_export_is_not_trained(run: Path, folder: Path, tmp_path: Path, capsy
 
 
 def test_packed_layers_are_what_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, calls = ultra.load(folder), []
-    real = PackedBitLinear.forward
-    monkeypatch.setattr(PackedBitLinear, "forward", lambda self, x: calls.append(self) or real(self, x))
+    pipeline, used = ultra.load(folder), set()
+    packed = {name: m for name, m in pipeline.model.named_modules() if isinstance(m, PackedMatrices)}
+    for kind in {type(m) for m in packed.values()}:
+        real = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, *a, real=real: used.add(id(self)) or real(self, *a))
     pipeline.fill_mask(TEXT)
-    used = {id(layer) for layer in calls}
-    idle = [name for name, m in pipeline.model.named_modules() if isinstance(m, PackedBitLinear) and id(m) not in used]
-    assert all(".ffn." in name for name in idle)  # an expert without a token
+    assert len(packed) > 6 and used == {id(m) for m in packed.values()}

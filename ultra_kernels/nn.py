@@ -40,9 +40,8 @@ from . import (
     ternary_linear,
 )
 from ._products import linear
-from .bitlinear.op import segments
 from .moe_ffn.reference import inner, route
-from .ternary.op import PackedTernary, codes_shape
+from .ternary.op import PackedTernary, codes_shape, grouped_ternary_linear
 
 __all__ = [
     "BitLinear",
@@ -194,7 +193,42 @@ class BitLinear(nn.Linear):
         return f"{super().extra_repr()}, scale={self.scale!r}"
 
 
-class PackedBitLinear(nn.Module):
+class PackedMatrices(nn.Module):
+    """Buffers of one ternary matrix, or of several of one shape along a first axis: codes, scale and bias."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: Literal["mean", "median"]) -> None:
+        super().__init__()
+        *several, self.out_features, self.in_features = weight.shape
+        if weight.is_meta:  # has no values to round, only a shape
+            shape = *several, *codes_shape(self.out_features, self.in_features)
+            codes, scales = torch.empty(shape, dtype=torch.uint8, device="meta"), torch.empty(several, device="meta")
+        else:
+            packed = [pack_ternary(*quantize_ternary(w, scale=scale)) for w in weight.reshape(-1, *weight.shape[-2:])]
+            codes = torch.stack([p.codes for p in packed]).view(*several, *packed[0].codes.shape)
+            scales = torch.stack([p.scale for p in packed]).view(several)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scales)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedMatrices:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if not self.scale.is_meta and not scale.is_meta:  # moved with the rest, never rounded to half precision
+            self.scale = scale.to(self.codes.device)
+        return self
+
+    def extra_repr(self) -> str:
+        several = "" if self.scale.dim() == 0 else f", matrices={len(self.scale)}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{several}"
+        )
+
+
+class PackedBitLinear(PackedMatrices):
     """y = s_x · scale · (x̂ · codesᵀ) + bias, codes in {−1, 0, 1} at 2 bits each, x̂ int8: a BitLinear for inference.
 
     x `[..., in_features]`, y `[..., out_features]` in x's dtype, without gradient. The outputs are those of the
@@ -203,23 +237,8 @@ class PackedBitLinear(nn.Module):
     shape mismatch. After Ma et al. 2024 (arXiv:2402.17764).
     """
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
-
     def __init__(self, layer: BitLinear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        weight = layer.weight
-        if weight.is_meta:  # has no values to round, only a shape
-            codes = torch.empty(codes_shape(self.out_features, self.in_features), dtype=torch.uint8, device="meta")
-            scale = torch.empty((), device="meta")
-        else:
-            packed = pack_ternary(*quantize_ternary(weight, scale=layer.scale))
-            codes, scale = packed.codes, packed.scale
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        super().__init__(layer.weight, layer.bias, layer.scale)
         self.norm = None
         if layer.norm is not None:
             like = layer.norm.weight
@@ -233,15 +252,13 @@ class PackedBitLinear(nn.Module):
         packed = PackedTernary(self.codes, self.scale, (self.out_features, self.in_features))
         return ternary_linear(rows, packed, self.bias).to(x.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedBitLinear:
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if not self.scale.is_meta and not scale.is_meta:  # moved with the rest, never rounded to half precision
-            self.scale = scale.to(self.codes.device)
-        return self
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+class _PackedExperts(PackedMatrices):
+    """y = s_x · scale[e] · (x̂ · codes[e]ᵀ) + bias[e] for the rows ends[e−1] <= r < ends[e] of x `[S, in_features]`."""
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        shape = self.out_features, self.in_features
+        return grouped_ternary_linear(x, self.codes, self.scale, shape, self.bias, ends)
 
 
 class Retention(nn.Module):
@@ -723,9 +740,10 @@ class PackedMoE(nn.Module):
     """y_t = Σ_e g_te w_out_e(norm(act(w_in_e(x_t)))), e over t's top_k experts: an MoE with bitnet for inference.
 
     x, y `[..., embed_dim]`, y in x's dtype, without gradient; forward returns (y, MoEStats) as the MoE does, its router
-    and gates are the MoE's, and the outputs are equal up to the rounding of its float products. w_in and w_out hold a
-    PackedBitLinear per expert, which gets that expert's tokens alone. Its state_dict loads into the `pack()` of any MoE
-    of the same shape. Raises ValueError without bitnet or on a shape mismatch. After Shazeer et al. 2017
+    and gates are the MoE's, and the outputs are equal up to the rounding of its float products. w_in and w_out hold the
+    experts' matrices one after another, codes uint8 `[E, ceil(N/16), ceil(K/16), 64]`, scale `[E]`, bias `[E, N]`, and
+    multiply each expert's tokens with its own. Its state_dict loads into the `pack()` of any MoE of the same shape.
+    Raises ValueError without bitnet or on a shape mismatch. After Shazeer et al. 2017
     (arXiv:1701.06538), the weights after Ma et al. 2024 (arXiv:2402.17764).
     """
 
@@ -740,8 +758,8 @@ class PackedMoE(nn.Module):
         self.router = copy.deepcopy(layer.router)
         self.sub_norm = copy.deepcopy(layer.sub_norm)
         self.register_buffer("select_bias", None if layer.select_bias is None else layer.select_bias.detach().clone())
-        self.w_in = _pack_experts(layer.w_in, layer.b_in, layer.bitnet_scale)
-        self.w_out = _pack_experts(layer.w_out, layer.b_out, layer.bitnet_scale)
+        self.w_in = _PackedExperts(layer.w_in, layer.b_in, layer.bitnet_scale)
+        self.w_out = _PackedExperts(layer.w_out, layer.b_out, layer.bitnet_scale)
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
@@ -750,37 +768,15 @@ class PackedMoE(nn.Module):
             routes, stats = route(
                 rows @ wide(self.router.weight).t(), self.top_k, self.normalize_gates, self.select_bias
             )
-            owners = segments(routes.ends)
-            h = _experts(self.w_in, rows[routes.order // self.top_k], owners)
+            h = self.w_in(rows.index_select(0, routes.order // self.top_k), routes.ends)
             h = inner(h, self.activation, self.gated)
             h = h if self.sub_norm is None else self.sub_norm(h)
-            out = _experts(self.w_out, h, owners)[routes.inverse].unflatten(0, routes.gates.shape)
+            out = self.w_out(h, routes.ends).index_select(0, routes.inverse).unflatten(0, routes.gates.shape)
             y = (out * routes.gates.unsqueeze(-1)).sum(1)
         return y.to(x.dtype).view(x.shape), stats
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, activation={self.activation!r}, gated={self.gated}"
-
-
-def _pack_experts(weight: torch.Tensor, bias: torch.Tensor | None, scale: Literal["mean", "median"]) -> nn.ModuleList:
-    """A PackedBitLinear per expert, of weight `[E,N,K]` and bias `[E,N]`."""
-    packed = nn.ModuleList()
-    for e, matrix in enumerate(weight.detach()):
-        layer = BitLinear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta", scale=scale)
-        layer.weight = nn.Parameter(matrix, requires_grad=False)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias[e].detach(), requires_grad=False)
-        packed.append(layer.pack())
-    return packed
-
-
-def _experts(layers: nn.ModuleList, rows: torch.Tensor, owners: list[tuple[int, slice]]) -> torch.Tensor:
-    """Rows sorted by expert, each through its own."""
-    width: Any = layers[0].out_features
-    y = rows.new_empty(rows.shape[0], width)
-    for e, own in owners:
-        y[own] = layers[e](rows[own])
-    return y
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

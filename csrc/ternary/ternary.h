@@ -13,6 +13,13 @@ struct TernaryMatrix {
     int64_t N, K;
 };
 
+// Groups of consecutive rows: ends [count] is where each one's end; each has a matrix, a scale and a bias of its own, one
+// after another in memory.
+struct TernaryGroups {
+    const int64_t* ends;
+    int64_t count;
+};
+
 // Rows of x [M, K] as codes · step.
 struct Int8Rows {
     int8_t* codes;
@@ -33,14 +40,14 @@ ULTRA_FOR_EACH_ISA(
     void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, const float* norm_weight,
                                const Int8Rows& to, float* rstd, int threads);
 
-    // y [M, N] = (codes of x · codesᵀ) · step · scale + bias.
-    void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
-                         int dtype, char* scratch, int threads);
+    // y [M, N] = (codes of x · codesᵀ) · step · scale + bias; w is the first matrix, bias [count, N] or null.
+    void ternary_product(const Int8Rows& x, const TernaryGroups& of, const TernaryMatrix& w, const float* scale,
+                         const float* bias, void* y, int dtype, char* scratch, int threads);
 
     // Both in turn, x and y of `dtype`.
     int64_t ternary_linear_scratch(int64_t M, int64_t K);
-    void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryMatrix& w, const float* scale,
-                        const float* bias, void* y, int dtype, char* scratch, int threads);
+    void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryGroups& of, const TernaryMatrix& w,
+                        const float* scale, const float* bias, void* y, int dtype, char* scratch, int threads);
 
     // gamma [1] = mean of |weight| unless `median`, when it is read; packed codes of clip(round(weight / (gamma + 1e-5))).
     // sums: row_blocks(N) doubles. weight is contiguous.

@@ -71,6 +71,12 @@ struct Rows {
     }
 };
 
+// Rows begin .. end of x, and the matrix that they are multiplied with.
+struct Group {
+    int64_t begin, end;
+    TernaryMatrix w;
+};
+
 // Sums over sections short enough for narrow ones: add(begin, end, sums) adds those of a section, `unscaled` ends them.
 template <int rows, int vectors, int slots, typename Add, typename Out>
 static inline void sum_sections(const Rows& x, int64_t m, int64_t first, int64_t length, int64_t section, const Add& add,
@@ -155,11 +161,12 @@ static void add_unpacked(const Rows& x, int64_t m, int64_t column, const uint8_t
 }
 
 template <typename Out>
-static void multiply_unpacked(const Rows& x, const TernaryMatrix& w, int64_t panel, const Out& out) {
+static void multiply_unpacked(const Rows& x, const Group& group, int64_t panel, const Out& out) {
+    const TernaryMatrix& w = group.w;
     const int64_t blocks = blocks_of(w.K);
     alignas(64) uint8_t codes[kUnpackedBlocks * kSlots * kBlockBytes];
-    for (int64_t m = 0; m < x.M; m += kUnpackedRows) {
-        const int64_t rows = x.M - m < kUnpackedRows ? x.M - m : kUnpackedRows;
+    for (int64_t m = group.begin; m < group.end; m += kUnpackedRows) {
+        const int64_t rows = group.end - m < kUnpackedRows ? group.end - m : kUnpackedRows;
         vi sums[kUnpackedRows][kVectorsOfPanel];
         for (int64_t r = 0; r < rows; ++r)
             for (int v = 0; v < kVectorsOfPanel; ++v) sums[r][v] = vi{} - x.sums[m + r];
@@ -185,24 +192,35 @@ static void multiply_unpacked(const Rows& x, const TernaryMatrix& w, int64_t pan
     }
 }
 
+// Vectors begin .. end of a group's matrix.
 template <typename Out>
-static void multiply(const Rows& x, const TernaryMatrix& w, const Out& out, int threads) {
-    const int64_t vectors = vectors_of(w.N);
-    if (!x.M || !vectors) return;
-    threads = threads_for(x.M * w.N * w.K, threads);
+static void multiply_group(const Rows& x, const Group& group, int64_t begin, int64_t end, const Out& out) {
     if constexpr (!kScaledSlots) {
-        if (x.M >= kUnpackedFrom)
-            return parallel_for((w.N + kPanelRows - 1) / kPanelRows, threads,
-                                [&](int64_t panel) { multiply_unpacked(x, w, panel, out); });
+        if (group.end - group.begin >= kUnpackedFrom) {
+            for (int64_t v = begin; v < end; v += kVectorsOfPanel)
+                multiply_unpacked(x, group, v / kVectorsOfPanel, out);
+            return;
+        }
     }
+    int64_t m = group.begin;
+    for (; m + 2 <= group.end; m += 2) multiply_vectors<2>(x, m, group.w, begin, end, out);
+    if (m < group.end) multiply_vectors<1>(x, m, group.w, begin, end, out);
+}
+
+// Calls run(group, begin, end) for parts of the vectors of each of `groups` matrices, each N × K, in parallel.
+template <typename Run>
+static void parallel_parts(int64_t groups, int64_t M, int64_t N, int64_t K, int threads, const Run& run) {
+    const int64_t vectors = vectors_of(N);
+    if (!M || !vectors) return;
+    threads = threads_for(M * N * K, threads);
     int64_t each = (vectors / 4 + threads - 1) / threads * 4;  // of a task
     if (each > kVectorsOfTask) each = kVectorsOfTask;
     if (each < 4) each = 4;
-    parallel_for((vectors + each - 1) / each, threads, [&](int64_t i) {
-        const int64_t begin = i * each, end = begin + each < vectors ? begin + each : vectors;
-        int64_t m = 0;
-        for (; m + 2 <= x.M; m += 2) multiply_vectors<2>(x, m, w, begin, end, out);
-        if (m < x.M) multiply_vectors<1>(x, m, w, begin, end, out);
+    if (!kScaledSlots && M >= kUnpackedFrom) each = kVectorsOfPanel;
+    const int64_t parts = (vectors + each - 1) / each;
+    parallel_for(groups * parts, threads, [&](int64_t i) {
+        const int64_t begin = i % parts * each;
+        run(i / parts, begin, begin + each < vectors ? begin + each : vectors);
     });
 }
 
@@ -312,7 +330,10 @@ int64_t ternary_scratch(int64_t M, int64_t K) { return Workspace::bytes(K, M, K)
 void ternary_matmul(const int8_t* x, int64_t x_row, int64_t M, const TernaryMatrix& w, int32_t* y, char* scratch,
                     int threads) {
     Workspace space;
-    multiply(space.prepare(x, x_row, M, w.K, scratch, threads), w, Integers{y, w.N}, threads);
+    const Rows rows = space.prepare(x, x_row, M, w.K, scratch, threads);
+    parallel_parts(1, M, w.N, w.K, threads, [&](int64_t, int64_t begin, int64_t end) {
+        multiply_group(rows, {0, M, w}, begin, end, Integers{y, w.N});
+    });
 }
 
 void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, const float* norm_weight,
@@ -322,23 +343,38 @@ void ternary_quantize_rows(const void* x, int64_t x_row, int dtype, int64_t K, c
     else quantize_rows((const float*)x, x_row, K, norm_weight, to, rstd, threads);
 }
 
-void ternary_product(const Int8Rows& x, const TernaryMatrix& w, const float* scale, const float* bias, void* y,
-                     int dtype, char* scratch, int threads) {
+namespace {
+
+template <typename T>
+void product(const Int8Rows& x, const TernaryGroups& of, const TernaryMatrix& w, const float* scale, const float* bias,
+             T* y, char* scratch, int threads) {
     Workspace space;
     const Rows rows = space.prepare(x.codes, w.K, x.M, w.K, scratch, threads);
-    if (dtype == kBFloat16) multiply(rows, w, Scaled<BF16>{(BF16*)y, w.N, x.step, *scale, bias}, threads);
-    else if (dtype == kFloat16) multiply(rows, w, Scaled<FP16>{(FP16*)y, w.N, x.step, *scale, bias}, threads);
-    else multiply(rows, w, Scaled<float>{(float*)y, w.N, x.step, *scale, bias}, threads);
+    const int64_t bytes = (w.N + kPanelRows - 1) / kPanelRows * blocks_of(w.K) * kBlockBytes;
+    parallel_parts(of.count, x.M, w.N, w.K, threads, [&](int64_t e, int64_t begin, int64_t end) {
+        const Group group{e ? of.ends[e - 1] : 0, of.ends[e], {w.codes + e * bytes, w.N, w.K}};
+        const Scaled<T> out{y, w.N, x.step, scale[e], bias ? bias + e * w.N : nullptr};
+        multiply_group(rows, group, begin, end, out);
+    });
+}
+
+}  // namespace
+
+void ternary_product(const Int8Rows& x, const TernaryGroups& of, const TernaryMatrix& w, const float* scale,
+                     const float* bias, void* y, int dtype, char* scratch, int threads) {
+    if (dtype == kBFloat16) product(x, of, w, scale, bias, (BF16*)y, scratch, threads);
+    else if (dtype == kFloat16) product(x, of, w, scale, bias, (FP16*)y, scratch, threads);
+    else product(x, of, w, scale, bias, (float*)y, scratch, threads);
 }
 
 int64_t ternary_linear_scratch(int64_t M, int64_t K) { return ternary_scratch(M, K) + M * (int64_t)sizeof(float) + M * K; }
 
-void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryMatrix& w, const float* scale,
-                    const float* bias, void* y, int dtype, char* scratch, int threads) {
+void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryGroups& of, const TernaryMatrix& w,
+                    const float* scale, const float* bias, void* y, int dtype, char* scratch, int threads) {
     auto* step = (float*)(scratch + ternary_scratch(M, w.K));
     const Int8Rows rows{(int8_t*)(step + M), step, M};
     ternary_quantize_rows(x, x_row, dtype, w.K, nullptr, rows, nullptr, threads);
-    ternary_product(rows, w, scale, bias, y, dtype, scratch, threads);
+    ternary_product(rows, of, w, scale, bias, y, dtype, scratch, threads);
 }
 
 namespace {

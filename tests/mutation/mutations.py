@@ -234,6 +234,17 @@ CPP = [
         ("whole / (double)(N * K)", "whole / (double)(N * K + 1)"),
     ),
     *of(
+        "csrc/ternary/ternary_cpu.cpp",
+        "tests/ops/test_ternary_groups.py -k native",
+        ("e ? of.ends[e - 1] : 0", "0"),
+        ("w.codes + e * bytes", "w.codes"),
+        ("x.step, scale[e]", "x.step, scale[0]"),
+        ("bias ? bias + e * w.N", "bias ? bias"),
+        ("m = group.begin; m < group.end; m += kUnpackedRows", "m = 0; m < group.end; m += kUnpackedRows"),
+        ("if (m < group.end) multiply_vectors<1>", "if (m < 0) multiply_vectors<1>"),
+        ("i % parts * each;", "0;"),
+    ),
+    *of(
         "csrc/common/codes.h",
         "tests/ops/test_ternary_native.py -k 'exact or extreme'",
         ("kMostScaledQuads = 1 << 14;", "kMostScaledQuads = 1 << 20;"),
@@ -596,6 +607,8 @@ TRAINER = [
         (" or (isinstance(module, MoE) and module.bitnet)", ""),
         ('with torch.device("meta"):', 'with torch.device("cpu"):'),
         ("or any(out.iterdir())", "or False"),
+        ("for e in sorted(parts)", "for e in sorted(parts, reverse=True)"),
+        ("m.in_features * m.out_features * m.scale.numel()", "m.in_features * m.out_features"),
         ("        finally:\n            shutil.rmtree(temporary", "        finally:\n            str(temporary"),
     ),
     *of(

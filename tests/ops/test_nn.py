@@ -290,12 +290,25 @@ def test_packed_moe_is_the_trained_layer(options: dict) -> None:
 
 def test_packed_moe_gives_an_expert_its_own_tokens_alone(monkeypatch) -> None:
     layer = moved(lambda **k: layers.MoE(D, 16, 4, bitnet=True, **k), dtype=torch.float32)
-    rows: list[int] = []
-    real = layers.ternary_linear
-    monkeypatch.setattr(layers, "ternary_linear", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    calls: list[tuple[int, torch.Tensor]] = []
+    real = layers.grouped_ternary_linear
+
+    def record(x, *rest):
+        calls.append((len(x), rest[-1]))
+        return real(x, *rest)
+
+    monkeypatch.setattr(layers, "grouped_ternary_linear", record)
     _, stats = layer.pack()(tokens(1, 30).float())
-    counts = stats.counts.tolist()
-    assert sum(counts) == 60 and rows == 2 * [n for n in counts if n]
+    assert int(stats.counts.sum()) == 60 and [rows for rows, _ in calls] == [60, 60]
+    assert all(torch.equal(ends, stats.counts.cumsum(0)) for _, ends in calls)
+
+
+def test_packed_experts_keep_their_scales_in_float32() -> None:
+    layer = moved(lambda **k: layers.MoE(D, 16, 4, bitnet=True, bias=True, **k), dtype=torch.float32).pack().bfloat16()
+    for part in (layer.w_in, layer.w_out):
+        assert part.scale.dtype == torch.float32 and part.codes.dtype == torch.uint8
+        assert part.bias.dtype == torch.bfloat16 and part.codes.shape[0] == len(part.scale) == 4
+    assert layer(tokens(1, 9).bfloat16())[0].dtype == torch.bfloat16
 
 
 def test_a_float_moe_is_not_packed() -> None:

@@ -1,13 +1,16 @@
 """A BitNet model with its matrices at 2 bits a weight.
 
-The folder holds model.safetensors, config.yaml, tokenizer.json and manifest.json with their checksums. Of every
-BitLinear and of every expert's matrices the weights are stored as the codes and scale of a PackedBitLinear, everything
-else in float32 as trained: parameters, and the buffers too, which a model built without storage does not compute.
+The folder holds model.safetensors, config.yaml, tokenizer.json and manifest.json with their checksums. The weights of
+every BitLinear and MoE are stored as the codes and scales of a PackedBitLinear and PackedMoE, everything else in
+float32 as trained: parameters, and the buffers too, which a model built without storage does not compute. Format
+ternary-1 had the tensors of each expert apart, `w_in.3.codes`; it is still read.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +22,7 @@ from ultra.config import RunConfig
 from ultra.errors import UserError
 from ultra.model import Encoder, build_model
 from ultra.train import checkpoint
-from ultra_kernels.nn import BitLinear, MoE, PackedBitLinear
+from ultra_kernels.nn import BitLinear, MoE, PackedMatrices
 
 if TYPE_CHECKING:
     from ultra.inference import Pipeline
@@ -93,8 +96,18 @@ def read_model(folder: Path, cfg: RunConfig) -> Encoder:
         model = build_model(cfg)
     pack(model)
     model.to_empty(device="cpu")
-    checkpoint.copy_tensors(every_tensor(model), checkpoint.read_tensors(folder, "model.safetensors"), folder)
+    tensors = _stack_experts(checkpoint.read_tensors(folder, "model.safetensors"))
+    checkpoint.copy_tensors(every_tensor(model), tensors, folder)
     return model
+
+
+def _stack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of format ternary-1 under the names of today's; those of today as they are."""
+    together: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for key in list(tensors):
+        if found := re.fullmatch(r"(.*\.w_(?:in|out))\.(\d+)(\.\w+)", key):
+            together[found[1] + found[3]][int(found[2])] = tensors.pop(key)
+    return tensors | {key: torch.stack([parts[e] for e in sorted(parts)]) for key, parts in together.items()}
 
 
 def pack(model: nn.Module) -> None:
@@ -121,6 +134,7 @@ def every_tensor(model: nn.Module) -> dict[str, Tensor]:
 
 def linear_bytes(model: nn.Module) -> tuple[int, int, int]:
     """(matrices, their bytes, their bytes in float32) of the packed layers of a model."""
-    packed = [module for module in model.modules() if isinstance(module, PackedBitLinear)]
+    packed = [module for module in model.modules() if isinstance(module, PackedMatrices)]
     stored = sum(module.codes.nbytes + module.scale.nbytes for module in packed)
-    return len(packed), stored, sum(4 * module.in_features * module.out_features for module in packed)
+    float_bytes = sum(4 * m.in_features * m.out_features * m.scale.numel() for m in packed)
+    return sum(module.scale.numel() for module in packed), stored, float_bytes

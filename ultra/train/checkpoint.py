@@ -26,10 +26,12 @@ from ultra.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-TERNARY = "ternary-1"  # of a folder that `ultra export --format ternary` wrote (ultra/export)
-NEEDED = {
+TERNARY = "ternary-2"  # of a folder that `ultra export --format ternary` wrote (ultra/export)
+_EXPORTED = {"model.safetensors", "config.yaml", "tokenizer.json"}
+NEEDED: dict[int | str, set[str]] = {
     FORMAT: {"model.safetensors", "state.json", "config.yaml"},
-    TERNARY: {"model.safetensors", "config.yaml", "tokenizer.json"},
+    "ternary-1": _EXPORTED,
+    TERNARY: _EXPORTED,
 }
 _STEP = re.compile(r"step-(\d{8,})")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a manifest must not reach outside its own folder

@@ -21,7 +21,12 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int])
 
 
 def ternary_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     C_, (N, K) = load(), shape
     M = math.prod(x.shape[:-1])
@@ -30,8 +35,8 @@ def ternary_linear(
     scratch = torch.empty(C_.ternary_linear_scratch(M, K), dtype=torch.uint8)
     bias = None if bias is None else bias.float().contiguous()
     C_.ternary_linear(
-        rows.data_ptr(), rows.stride(0), DTYPES[x.dtype], (M, N, K), codes.data_ptr(), scale.data_ptr(),
-        address(bias), y.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        rows.data_ptr(), rows.stride(0), DTYPES[x.dtype], (M, N, K), address(ends), scale.numel(), codes.data_ptr(),
+        scale.data_ptr(), address(bias), y.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -18,9 +18,11 @@ _DTYPES = (*_FLOATS, torch.int8)
 
 
 def _cuda_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
-    """The reasons of _cuda.why_not, and more rows than its kernels take."""
+    """The reasons of _cuda.why_not, and more rows or matrices than its kernels take."""
     if (reason := _cuda.why_not(x, dtypes=_DTYPES)) is not None:
         return reason
+    if tensors and tensors[0] is not None and tensors[0].ndim == 4:
+        return "the CUDA kernels take one matrix, not those of several groups"
     if (rows := math.prod(x.shape[:-1])) > MAX_M:
         return f"the CUDA kernels take up to {MAX_M} rows, x has {rows}"
     return _elsewhere(x, *tensors)
@@ -168,6 +170,26 @@ def ternary_linear(
     return y
 
 
+def grouped_ternary_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    ends: torch.Tensor,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`ternary_linear` with matrix e and bias[e] for the rows ends[e−1] <= r < ends[e] of x.
+
+    x `[S, K]`, codes uint8 `[E, ceil(N/16), ceil(K/16), 64]`: those of E PackedTernary of one shape (N, K); scale
+    `[E]`, bias `[E, N]`, ends int64 `[E]`, the last S. Returns `[S, N]` in x's dtype. For `PackedMoE`, which
+    has checked all of it and works without gradients and autocast.
+    """
+    chosen = LINEAR.choose(backend, x, codes, scale, bias, ends)
+    y: torch.Tensor = _grouped_linear(x, codes, scale, shape, bias, ends, chosen)
+    return y
+
+
 _quantize = define_constant(
     "quantize_ternary(Tensor weight, str scale, str backend) -> (Tensor, Tensor)",
     lambda *args: QUANTIZE.module(args[-1]).quantize_ternary(*args[:-1]),
@@ -185,4 +207,11 @@ _linear = define_constant(
     "ternary_linear(Tensor x, Tensor codes, Tensor scale, int[] shape, Tensor? bias, str backend) -> Tensor",
     lambda *args: LINEAR.module(args[-1]).ternary_linear(*args[:-1]),
     lambda x, codes, scale, shape, *args: x.new_empty(*x.shape[:-1], shape[0]),
+)
+# The reference too: its loop over the groups depends on data, which a compiled graph could not hold.
+_grouped_linear = define_constant(
+    "grouped_ternary_linear(Tensor x, Tensor codes, Tensor scale, int[] shape, Tensor? bias, Tensor ends, str backend)"
+    " -> Tensor",
+    lambda *args: LINEAR.module(args[-1]).ternary_linear(*args[:-1]),
+    lambda x, codes, scale, shape, *args: x.new_empty(x.shape[0], shape[0]),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..bitlinear.op import segments
 from ..bitlinear.reference import quantize_tokens, quantize_weight
 
 
@@ -37,8 +38,18 @@ def ternary_matmul(x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]
 
 
 def ternary_linear(
-    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if ends is not None:
+        y = x.new_empty(x.shape[0], shape[0])
+        for e, own in segments(ends):
+            y[own] = ternary_linear(x[own], packed[e], scale[e], shape, None if bias is None else bias[e])
+        return y
     codes, step = quantize_tokens(x)
     product = ternary_matmul(codes.reshape(-1, shape[1]).to(torch.int8), packed, shape)
     y = product.to(step.dtype).view(*x.shape[:-1], product.shape[1]) * (step * scale)
