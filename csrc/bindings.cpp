@@ -315,9 +315,9 @@ PYBIND11_MODULE(_C, m) {
         ULTRA_PICK(ternary_quantize_rows)(in(x), x_row, dtype, K, fin(norm_weight),
                                           {ptr<int8_t>(codes), fout(step), M}, fout(rstd), threads);
     }, Nogil());
-    m.def("ternary_product", [](Address codes, Address step, Sizes n, Address weight, Address scale, Address bias,
-                                Address y, int dtype, Address scratch, int threads) {
-        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_groups(0, 1, n),
+    m.def("ternary_product", [](Address codes, Address step, Sizes n, Address ends, int64_t groups, Address weight,
+                                Address scale, Address bias, Address y, int dtype, Address scratch, int threads) {
+        ULTRA_PICK(ternary_product)({ptr<int8_t>(codes), fout(step), n[0]}, ternary_groups(ends, groups, n),
                                     ternary_matrix(weight, n), fin(scale), fin(bias), out(y), dtype,
                                     ptr<char>(scratch), threads);
     }, Nogil());
@@ -327,10 +327,9 @@ PYBIND11_MODULE(_C, m) {
                                    fin(scale), fin(bias), out(y), dtype, ptr<char>(scratch), threads);
     }, Nogil());
     m.def("ternary_linear_scratch", [](int64_t M, int64_t K) { return ULTRA_PICK(ternary_linear_scratch)(M, K); });
-    m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t N, int64_t K, bool median, Address gamma,
-                                        Address packed, int threads) {
-        double sums[ultra::kMostRowBlocks];
-        ULTRA_PICK(ternary_quantize_weight)(in(weight), dtype, N, K, median, fout(gamma), ptr<uint8_t>(packed), sums,
+    m.def("ternary_quantize_weight", [](Address weight, int dtype, int64_t count, int64_t N, int64_t K, bool median,
+                                        Address gamma, Address packed, int threads) {
+        ULTRA_PICK(ternary_quantize_weight)(in(weight), dtype, count, N, K, median, fout(gamma), ptr<uint8_t>(packed),
                                             threads);
     }, Nogil());
 

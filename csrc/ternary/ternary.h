@@ -49,8 +49,8 @@ ULTRA_FOR_EACH_ISA(
     void ternary_linear(const void* x, int64_t x_row, int64_t M, const TernaryGroups& of, const TernaryMatrix& w,
                         const float* scale, const float* bias, void* y, int dtype, char* scratch, int threads);
 
-    // gamma [1] = mean of |weight| unless `median`, when it is read; packed codes of clip(round(weight / (gamma + 1e-5))).
-    // sums: row_blocks(N) doubles. weight is contiguous.
-    void ternary_quantize_weight(const void* weight, int dtype, int64_t N, int64_t K, bool median, float* gamma,
-                                 uint8_t* packed, double* sums, int threads);
+    // Of each of `count` matrices, one after another: gamma = mean of |weight| unless `median`, when it is read; packed
+    // codes of clip(round(weight / (gamma + 1e-5))).
+    void ternary_quantize_weight(const void* weight, int dtype, int64_t count, int64_t N, int64_t K, bool median,
+                                 float* gamma, uint8_t* packed, int threads);
 )

@@ -17,6 +17,7 @@ constexpr int64_t kWorkOfThread = 1 << 19;  // products that repay waking anothe
 
 int64_t blocks_of(int64_t K) { return (K + kBlockColumns - 1) / kBlockColumns; }
 int64_t vectors_of(int64_t N) { return (N + kLanes - 1) / kLanes; }
+int64_t bytes_of(int64_t N, int64_t K) { return (N + kPanelRows - 1) / kPanelRows * blocks_of(K) * kBlockBytes; }
 
 int threads_for(int64_t products, int threads) {
     const int64_t most = 1 + products / kWorkOfThread;
@@ -350,9 +351,8 @@ void product(const Int8Rows& x, const TernaryGroups& of, const TernaryMatrix& w,
              T* y, char* scratch, int threads) {
     Workspace space;
     const Rows rows = space.prepare(x.codes, w.K, x.M, w.K, scratch, threads);
-    const int64_t bytes = (w.N + kPanelRows - 1) / kPanelRows * blocks_of(w.K) * kBlockBytes;
     parallel_parts(of.count, x.M, w.N, w.K, threads, [&](int64_t e, int64_t begin, int64_t end) {
-        const Group group{e ? of.ends[e - 1] : 0, of.ends[e], {w.codes + e * bytes, w.N, w.K}};
+        const Group group{e ? of.ends[e - 1] : 0, of.ends[e], {w.codes + e * bytes_of(w.N, w.K), w.N, w.K}};
         const Scaled<T> out{y, w.N, x.step, scale[e], bias ? bias + e * w.N : nullptr};
         multiply_group(rows, group, begin, end, out);
     });
@@ -420,9 +420,9 @@ void quantize_panel(const T* weight, int64_t N, int64_t K, int64_t first, float 
 }
 
 template <typename T>
-void quantize_weight(const T* weight, int64_t N, int64_t K, bool median, float* gamma, uint8_t* packed, double* sums,
-                     int threads) {
+void quantize_weight(const T* weight, int64_t N, int64_t K, bool median, float* gamma, uint8_t* packed, int threads) {
     const int64_t parts = row_blocks(N);
+    double sums[kMostRowBlocks];
     threads = threads_for(N * K / 4, threads);
     if (!median) {
         parallel_for(parts, threads, [&](int64_t i) {
@@ -439,13 +439,20 @@ void quantize_weight(const T* weight, int64_t N, int64_t K, bool median, float* 
     });
 }
 
+template <typename T>
+void quantize_weights(const T* weight, int64_t count, int64_t N, int64_t K, bool median, float* gamma, uint8_t* packed,
+                      int threads) {
+    for (int64_t e = 0; e < count; ++e)
+        quantize_weight(weight + e * N * K, N, K, median, gamma + e, packed + e * bytes_of(N, K), threads);
+}
+
 }  // namespace
 
-void ternary_quantize_weight(const void* weight, int dtype, int64_t N, int64_t K, bool median, float* gamma,
-                             uint8_t* packed, double* sums, int threads) {
-    if (dtype == kBFloat16) quantize_weight((const BF16*)weight, N, K, median, gamma, packed, sums, threads);
-    else if (dtype == kFloat16) quantize_weight((const FP16*)weight, N, K, median, gamma, packed, sums, threads);
-    else quantize_weight((const float*)weight, N, K, median, gamma, packed, sums, threads);
+void ternary_quantize_weight(const void* weight, int dtype, int64_t count, int64_t N, int64_t K, bool median,
+                             float* gamma, uint8_t* packed, int threads) {
+    if (dtype == kBFloat16) quantize_weights((const BF16*)weight, count, N, K, median, gamma, packed, threads);
+    else if (dtype == kFloat16) quantize_weights((const FP16*)weight, count, N, K, median, gamma, packed, threads);
+    else quantize_weights((const float*)weight, count, N, K, median, gamma, packed, threads);
 }
 
 }  // namespace ULTRA_ISA

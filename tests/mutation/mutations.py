@@ -237,7 +237,7 @@ CPP = [
         "csrc/ternary/ternary_cpu.cpp",
         "tests/ops/test_ternary_groups.py -k native",
         ("e ? of.ends[e - 1] : 0", "0"),
-        ("w.codes + e * bytes", "w.codes"),
+        ("w.codes + e * bytes_of(w.N, w.K)", "w.codes"),
         ("x.step, scale[e]", "x.step, scale[0]"),
         ("bias ? bias + e * w.N", "bias ? bias"),
         ("m = group.begin; m < group.end; m += kUnpackedRows", "m = 0; m < group.end; m += kUnpackedRows"),

@@ -40,6 +40,8 @@ OP = Op(
     {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
     {"triton": _one_device(triton_why_not), "native": _one_device(_native.why_not)},
 )
+# A backend's file has quantize_weight(weight, scale), forward(x, weight, gamma, N, bias, norm_weight, ends, dtype) and
+# backward(...), which take what quantize_weight has made. With `ends` weight, gamma and bias are those of all groups.
 
 
 def bitlinear(
@@ -163,40 +165,28 @@ def _quantise(
     entry = _quantised.get(key)
     backward |= torch._C._current_graph_task_id() != -1
     if entry is None or entry.state != state or (entry.used_up and not backward):
-        whole = weight if weight._base is None else weight._base  # of one expert
+        whole = weight if weight._base is None else weight._base
         owner = weakref.ref(whole, functools.partial(_forget, key))
         entry = _quantised[key] = _Quantised(state, owner, *module.quantize_weight(weight, scale))
     entry.used_up |= backward
     return entry.weight, entry.gamma
 
 
-def segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
-    """The groups that have rows, each with its rows: ends[e−1] <= r < ends[e]."""
+def groups(ends: torch.Tensor) -> list[tuple[int, slice]]:
+    """Every group with its rows: ends[e−1] <= r < ends[e]. Waits for a GPU."""
     stops = ends.tolist()
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True)) if b > a]
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *stops[:-1]], stops, strict=True))]
 
 
-def _groups(ends):  # type: ignore[no-untyped-def]
-    """(index of its matrix, its rows) of every group; without ends there is one matrix, for all rows."""
-    return [(..., slice(None))] if ends is None else segments(ends)
+def segments(ends: torch.Tensor) -> list[tuple[int, slice]]:
+    """Those of `groups` that have rows."""
+    return [(e, rows) for e, rows in groups(ends) if rows.stop > rows.start]
 
 
 def _forward_op(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend):  # type: ignore[no-untyped-def]
     N, K = weight.shape[-2:]
-    rows = x.reshape(-1, K)
-    found = [
-        OP.module(backend).forward(
-            rows[own], *_quantise(weight[e], scale, backend, trains), N, None if bias is None else bias[e],
-            norm_weight, dtype,
-        )
-        for e, own in _groups(ends)
-    ]  # fmt: skip
-    if len(found) == 1:
-        y, *kept = found[0]
-    elif found:
-        y, *kept = (torch.cat(parts) for parts in zip(*found, strict=True))
-    else:  # no rows at all
-        y, *kept = _forward_fake(x, weight, bias, norm_weight, ends, scale, dtype, trains, backend)
+    quantised = _quantise(weight, scale, backend, trains)
+    y, *kept = OP.module(backend).forward(x.reshape(-1, K), *quantised, N, bias, norm_weight, ends, dtype)
     return y.view(*x.shape[:-1], N), *kept
 
 
@@ -240,36 +230,20 @@ def _backward_op(  # type: ignore[no-untyped-def]
 ):
     N, K = weight.shape[-2:]
     none, no_codes = grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.int8)
-    dy, x = grad.reshape(-1, N).contiguous(), None if x is None else x.reshape(-1, K)
-    found = [
-        (e, own, OP.module(backend).backward(
-            dy[own],
-            no_codes if codes is None else codes[own],
-            *(none if t is None else t[own] for t in (step, rstd)),
-            None if x is None else x[own],
-            *_quantise(weight[e], scale, backend, trains, backward=True),
-            (N, K),
-            norm_weight,
-            wants,
-        ))
-        for e, own in _groups(ends)
-    ]  # fmt: skip
+    found = OP.module(backend).backward(
+        grad.reshape(-1, N).contiguous(),
+        no_codes if codes is None else codes,
+        *(none if t is None else t for t in (step, rstd)),
+        None if x is None else x.reshape(-1, K),
+        *_quantise(weight, scale, backend, trains, backward=True),
+        weight.shape,
+        norm_weight,
+        ends,
+        wants,
+    )
     dtypes = x_dtype, weight.dtype, torch.float32, torch.float32 if norm_weight is None else norm_weight.dtype
-    if ends is None:
-        sums = found[0][2]
-    else:
-        shapes = (len(dy), K), weight.shape, weight.shape[:-1], (K,)
-        sums = dx, dweight, dbias, dnorm_weight = [
-            none.new_zeros(n if w else 0) for n, w in zip(shapes, wants, strict=True)
-        ]
-        for e, own, (gx, gweight, gbias, gnorm_weight) in found:
-            for total, at, g, w in ((dx, own, gx, 0), (dweight, e, gweight, 1), (dbias, e, gbias, 2)):
-                if wants[w]:
-                    total[at] = g
-            if wants[3]:
-                dnorm_weight += gnorm_weight
     # outputs of an op may not be one tensor
-    dx, *others = (g.to(d) if w else g.new_empty(0, dtype=d) for g, w, d in zip(sums, wants, dtypes, strict=True))
+    dx, *others = (g.to(d) if w else g.new_empty(0, dtype=d) for g, w, d in zip(found, wants, dtypes, strict=True))
     return dx.view(*grad.shape[:-1], K) if wants[0] else dx, *others
 
 

@@ -4,12 +4,14 @@ Contracts are in op.py; the arithmetic of the quantisers is that of reference.py
 multiply-adds: a code is rounded by adding 1.5 · 2^23 to a product, which a fused one would round from other numbers.
 Every sum of floats is cut by the shape alone and added up in order.
 
-The forward product is of int8 codes, exact in int32. The products of the backward are torch's, of operands that one
-kernel dequantises to the product's dtype; x̂ is kept between the passes as int8 codes.
+The forward product is of int8 codes, exact in int32. The products of the backward are torch's, or with groups those of
+_groups_triton.py, of operands that one kernel dequantises to the product's dtype; x̂ is kept between the passes as int8
+codes. Launches depend on shapes alone: where groups end is read on the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .._dispatch import full_precision
+from .._groups_triton import _group, grouped_linear, grouped_sums, grouped_weight_grad, tiles_of_rows
 from .._triton import Configuration
 
 
@@ -70,8 +73,10 @@ def tokens_kernel(
 
 @triton.jit
 def magnitudes_kernel(weight, parts, count, per_program, BLOCK: tl.constexpr):
-    """parts `[programs]`: sums of |weight| over per_program elements each."""
+    """parts `[matrices, programs]`: sums of |weight| over per_program elements each. Grid: programs × matrices."""
     pid = tl.program_id(0)
+    weight += tl.program_id(1).to(tl.int64) * count
+    parts += tl.program_id(1) * tl.num_programs(0)
     begin = pid.to(tl.int64) * per_program
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(begin, tl.minimum(begin + per_program, count), BLOCK):
@@ -82,14 +87,17 @@ def magnitudes_kernel(weight, parts, count, per_program, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_parts"])
 def levels_kernel(weight, parts, gamma, codes, divisor, count, num_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """gamma = Σ parts / divisor, and codes of weight in {-1, 0, 1}.
+    """gamma = Σ parts / divisor, and codes of weight in {-1, 0, 1}. Grid: blocks × matrices.
 
     RN(w / d) above 1/2, which rounds to 1, is 2w above d: the quotient of two floats is not nearer to 1/2 than that.
     """
-    j = tl.arange(0, PARTS)
+    matrix, j = tl.program_id(1), tl.arange(0, PARTS)
+    parts += matrix * num_parts
+    weight += matrix.to(tl.int64) * count
+    codes += matrix.to(tl.int64) * count
     mean = tl.div_rn(tl.sum(tl.load(parts + j, mask=j < num_parts, other=0.0), axis=0), divisor)
     if tl.program_id(0) == 0:
-        tl.store(gamma, mean)
+        tl.store(gamma + matrix, mean)
     d = mean + 1e-5
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(weight + at, mask=at < count, other=0.0).to(tl.float32)
@@ -98,27 +106,43 @@ def levels_kernel(weight, parts, gamma, codes, divisor, count, num_parts, PARTS:
     tl.store(codes + at, code.to(tl.int8), mask=at < count)
 
 
-@triton.jit(do_not_specialize=["M", "N", "num_bias"])
+@triton.jit
+def _rows(ends, tile, M, E, SIZE):
+    """A tile's group, its first row and the end of its rows; without groups, E = 0, of M rows."""
+    if E == 0:
+        group, end, first = 0, M, tile * SIZE
+    else:
+        group, _, end, first = _group(ends, tile, E, SIZE)
+    return tl.cast(group, tl.int64), first, end  # a constant where the interpreter has found one group
+
+
+@triton.jit(do_not_specialize=["M", "N", "E", "num_bias"])
 def product_kernel(
-    x, weight, step, gamma, bias, y, M, N, K, num_bias,
+    x, weight, step, gamma, bias, ends, y, M, N, K, E, num_bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y `[M, N]` = (x weightᵀ) · step · gamma + bias, x `[M, K]` and weight `[N, K]` int8."""
+    """A tile of y `[M, N]` = (x weight[e]ᵀ) · step · gamma[e] + bias[e], x `[M, K]` and weight `[E, N, K]` int8.
+
+    e is the group of the rows, ends `[E]`; E = 0: there is one matrix. Grid: tiles of rows × tiles of columns.
+    """
     pid = tl.program_id(0)
     tiles = tl.cdiv(N, BLOCK_N)
-    m = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    e, first, end = _rows(ends, pid // tiles, M, E, BLOCK_M)
+    if first >= end:
+        return
+    m = first + tl.arange(0, BLOCK_M)
     n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_K)
-    m_ok, n_ok = m < M, n < N
+    m_ok, n_ok = m < end, n < N
     x_rows = x + m.to(tl.int64)[:, None] * K
-    w_rows = weight + n.to(tl.int64)[:, None] * K
+    w_rows = weight + (e * N + n)[:, None] * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + j
         a = tl.load(x_rows + k[None, :], mask=m_ok[:, None] & (k < K)[None, :], other=0)
         b = tl.load(w_rows + k[None, :], mask=n_ok[:, None] & (k < K)[None, :], other=0)
         acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
-    _finish(acc, step, gamma, bias, y, m, n, M, N, num_bias)
+    _finish(acc, step, gamma + e, bias + e * N, y, m, n, end, N, num_bias)
 
 
 @triton.jit
@@ -129,14 +153,14 @@ def _finish(acc, step, gamma, bias, y, m, n, M, N, num_bias):
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], out, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "by_row"])
-def dequantize_kernel(codes, scale, out, M, K, by_row, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """out `[M, K]` = codes · scale, of `[M]` or of one element (by_row 0)."""
+@triton.jit(do_not_specialize=["M", "rows_per_scale"])
+def dequantize_kernel(codes, scale, out, M, K, rows_per_scale, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out `[M, K]` = codes · scale, one for every rows_per_scale rows."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLS + tl.arange(0, COLS)
     at = m.to(tl.int64)[:, None] * K + k[None, :]
     inside = (m < M)[:, None] & (k < K)[None, :]
-    s = tl.load(scale + m * by_row, mask=m < M, other=0.0)
+    s = tl.load(scale + m // rows_per_scale, mask=m < M, other=0.0)
     tl.store(out + at, tl.load(codes + at, mask=inside, other=0).to(tl.float32) * s[:, None], mask=inside)
 
 
@@ -194,28 +218,38 @@ PRODUCT = {32: Tile(32, 32, 4, 2), 64: Tile(64, 64, 4, 4), 128: Tile(128, 128, 8
 MANY_TILES = 132  # of 128 × 128 elements, from which on every multiprocessor of an H100 has one
 
 
-def product_tile(M: int, N: int, K: int) -> Tile:
+def product_tile(M: int, N: int, K: int, E: int = 0) -> Tile:
+    """For M rows, in E groups."""
     if K % 16:  # loads of single bytes, whose addresses fill the registers of a larger tile
         return PRODUCT[32]
-    return PRODUCT[128 if triton.cdiv(M, 128) * triton.cdiv(N, 128) >= MANY_TILES else 64]
+    many = tiles_of(M, 128, E) * triton.cdiv(N, 128) >= MANY_TILES and M > 64 * E
+    return PRODUCT[128 if many else 64]
+
+
+def tiles_of(M: int, size: int, E: int) -> int:
+    """How many tiles of `size` rows a launch has."""
+    return tiles_of_rows(M, E, size) if E else triton.cdiv(M, size)
 
 
 def quantize_weight(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 `[N, K]` in {-1, 0, 1}, γ float32 `[]`)."""
+    """(codes int8 `[N, K]` in {-1, 0, 1}, γ float32 `[]`), or with E of each for `[E, N, K]`."""
     weight = weight.contiguous()
-    count = weight.numel()
-    gamma = weight.new_empty((), dtype=torch.float32)
+    *several, N, K = weight.shape
+    count, E = N * K, math.prod(several)
+    gamma = weight.new_empty(several, dtype=torch.float32)
     codes = weight.new_empty(weight.shape, dtype=torch.int8)
     if scale == "mean":
         per_program = triton.cdiv(triton.cdiv(count, MAX_PARTS), FLAT) * FLAT
-        parts = gamma.new_empty(triton.cdiv(count, per_program))
-        magnitudes_kernel[(parts.numel(),)](
+        parts = gamma.new_empty(E, triton.cdiv(count, per_program))
+        magnitudes_kernel[(parts.shape[1], E)](
             weight, parts, count, per_program, BLOCK=FLAT, num_warps=FLAT_WARPS, num_stages=1, enable_fp_fusion=False
         )
-    else:
-        parts = weight.detach().float().abs().flatten().median().reshape(1)
-    levels_kernel[(triton.cdiv(count, FLAT),)](
-        weight, parts, gamma, codes, float(count) if scale == "mean" else 1.0, count, parts.numel(),
+    else:  # sorted: `median` along an axis has no deterministic kernel on a GPU
+        ascending = weight.detach().float().abs().view(E, count).sort(-1).values
+        largest, middle = ascending[:, -1:], ascending[:, (count - 1) // 2 :][:, :1]
+        parts = torch.where(largest.isnan(), largest, middle)
+    levels_kernel[(triton.cdiv(count, FLAT), E)](
+        weight, parts, gamma, codes, float(count) if scale == "mean" else 1.0, count, parts.shape[1],
         PARTS=MAX_PARTS, BLOCK=FLAT, num_warps=FLAT_WARPS, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, gamma
@@ -248,20 +282,27 @@ def forward(
     N: int,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
+    ends: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y `[M, N]`, codes, step, rstd)."""
     codes, step, rstd = quantize_tokens(x, norm_weight)
     (M, K), y = x.shape, x.new_empty(x.shape[0], N, dtype=dtype)
-    tile = product_tile(M, N, K)
+    E = 0 if ends is None else len(ends)
+    tile = product_tile(M, N, K, E)
     if M:
-        product_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-            codes, quantised, step, gamma, gamma if bias is None else bias.float().contiguous(), y,
-            M, N, K, 0 if bias is None else N,
+        product_kernel[(tiles_of(M, tile.block_m, E) * triton.cdiv(N, tile.block_n),)](
+            codes, quantised, step, gamma, gamma if bias is None else bias.float().contiguous(), ends_or_none(x, ends),
+            y, M, N, K, E, 0 if bias is None else N,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=BLOCK_K, num_warps=tile.num_warps,
             num_stages=tile.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return y, codes, step, rstd
+
+
+def ends_or_none(x: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """What is not used is an address of its type."""
+    return x.new_empty(0, dtype=torch.int64) if ends is None else ends
 
 
 def backward(
@@ -274,18 +315,21 @@ def backward(
     gamma: torch.Tensor,
     weight_shape: Sequence[int],
     norm_weight: torch.Tensor | None,
+    ends: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dweight, dbias, dnorm_weight), empty where not wanted; products have dy's dtype."""
-    (M, K), none = (dy.shape[0], weight_shape[1]), dy.new_empty(0)
+    (M, K), none = (dy.shape[0], weight_shape[-1]), dy.new_empty(0)
     dx = dweight = dbias = dgain = none
     with full_precision(dy):
         if wants[0] or wants[3]:
-            dx = dy @ _dequantize(quantised, gamma, dy.dtype)
+            w_hat = _dequantize(quantised, gamma, dy.dtype)
+            dx = dy @ w_hat if ends is None else grouped_linear(dy, w_hat, None, ends, transposed=True)
         if wants[1]:
-            dweight = dy.t() @ _dequantize(codes, step, dy.dtype)
+            x_hat = _dequantize(codes, step, dy.dtype)
+            dweight = dy.t() @ x_hat if ends is None else grouped_weight_grad(dy, x_hat, ends)
     if wants[2]:
-        dbias = dy.sum(0, dtype=torch.float32)
+        dbias = dy.sum(0, dtype=torch.float32) if ends is None else grouped_sums(dy, ends)
     if norm_weight is not None and (wants[0] or wants[3]):
         assert x is not None
         x, normal = x.contiguous(), dx
@@ -308,17 +352,20 @@ def backward(
 
 
 def _dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    (M, K), out = codes.shape, codes.new_empty(codes.shape, dtype=dtype)
+    K, out = codes.shape[-1], codes.new_empty(codes.shape, dtype=dtype)
+    M = codes.shape[:-1].numel()
     if M:
         dequantize_kernel[(triton.cdiv(M, TILE_ROWS), triton.cdiv(K, TILE_COLS))](
-            codes, scale, out, M, K, scale.dim(), ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=TILE_WARPS, num_stages=1,
-            enable_fp_fusion=True,
+            codes, scale, out, M, K, M // scale.numel(), ROWS=TILE_ROWS, COLS=TILE_COLS, num_warps=TILE_WARPS,
+            num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
 DTYPES = ("fp32", "bf16", "fp16")
-SIZES = ("M", "N", "K", "width", "count", "per_program", "num_parts", "num_bias", "by_row", "rows_per_block")
+SIZES = (
+    "M", "N", "K", "E", "width", "count", "per_program", "num_parts", "num_bias", "rows_per_scale", "rows_per_block",
+)  # fmt: skip
 
 
 def configuration(
@@ -359,16 +406,16 @@ def configurations() -> Iterator[Configuration]:
     yield from weight_configurations()
     block, tile = {"BLOCK": ROW}, {"ROWS": TILE_ROWS, "COLS": TILE_COLS}
     for dtype, odd in ((d, odd) for d in DTYPES for odd in (False, True)):
-        io, suffix, sizes = f"*{dtype}", f"{dtype}{'-odd' * odd}", ("M", "N", "num_bias", *(("K",) if odd else ()))
+        io, suffix, sizes = f"*{dtype}", f"{dtype}{'-odd' * odd}", ("M", "N", "E", "num_bias", *(("K",) if odd else ()))
         for rows, t in PRODUCT.items():
             if odd != (rows == 32):
                 continue
-            types = {"x": "*i8", "weight": "*i8", "y": io}
+            types = {"x": "*i8", "weight": "*i8", "ends": "*i64", "y": io}
             shape = {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": BLOCK_K}
             yield configuration(
                 f"product-{rows}-{suffix}", product_kernel, types, shape, sizes, t.num_warps, t.num_stages
             )
-        types, rest = {"codes": "*i8", "out": io}, (*sizes, "by_row", "rows_per_block")
+        types, rest = {"codes": "*i8", "out": io}, (*sizes, "rows_per_scale", "rows_per_block")
         yield configuration(f"dequantize-{suffix}", dequantize_kernel, types, tile, rest, TILE_WARPS, fusion=True)
         types = {"grad": io, "x": io, "dx": io}
         yield configuration(f"norm-{suffix}", norm_backward_kernel, types, block, rest, ROW_WARPS, fusion=True)

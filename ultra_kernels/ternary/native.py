@@ -63,30 +63,36 @@ def product(
     scale: torch.Tensor,
     shape: tuple[int, int],
     bias: torch.Tensor | None,
+    ends: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(codes · weightᵀ) · step · scale + bias, `[M, N]` in `dtype`; codes and step of `quantize_rows`."""
+    """(codes · weightᵀ) · step · scale + bias, `[M, N]` in `dtype`; codes and step of `quantize_rows`.
+
+    With ends weight, scale and bias are those of all groups.
+    """
     C_, threads = load(), torch.get_num_threads()
     (N, K), M = shape, codes.shape[0]
     y = torch.empty((M, N), dtype=dtype)
     scratch = _scratch(M, K)
     bias = None if bias is None else bias.float().contiguous()
     C_.ternary_product(
-        codes.data_ptr(), step.data_ptr(), (M, N, K), weight.data_ptr(), scale.data_ptr(),
+        codes.data_ptr(), step.data_ptr(), (M, N, K), address(ends), scale.numel(), weight.data_ptr(), scale.data_ptr(),
         address(bias), y.data_ptr(), DTYPES[dtype], address(scratch), threads,
     )  # fmt: skip
     return y
 
 
 def quantize_weight(weight: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed codes, γ float32 `[]`) of weight `[N, K]`."""
-    N, K = weight.shape
+    """(packed codes, γ float32 `[]`) of weight `[N, K]`, or those of each matrix of `[E, N, K]`."""
+    *several, N, K = weight.shape
     weight = weight.contiguous()
     median = scale == "median"
-    gamma = weight.abs().flatten().median().float() if median else torch.empty((), dtype=torch.float32)
-    packed = torch.empty(codes_shape(N, K), dtype=torch.uint8)
+    gamma = torch.empty(several, dtype=torch.float32)
+    if median:
+        torch.stack([w.abs().flatten().median() for w in weight.view(-1, N, K)], out=gamma.view(-1))
+    packed = torch.empty((*several, *codes_shape(N, K)), dtype=torch.uint8)
     load().ternary_quantize_weight(
-        weight.data_ptr(), DTYPES[weight.dtype], N, K, median, gamma.data_ptr(), packed.data_ptr(),
+        weight.data_ptr(), DTYPES[weight.dtype], gamma.numel(), N, K, median, gamma.data_ptr(), packed.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return packed, gamma

@@ -16,28 +16,32 @@ import triton.language as tl
 
 from .._triton import Configuration
 from ..bitlinear import triton_kernels as bitlinear
-from ..bitlinear.triton_kernels import Tile, _finish, quantize_tokens
+from ..bitlinear.triton_kernels import Tile, _finish, _rows, ends_or_none, quantize_tokens, tiles_of
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks", "num_bias"])
+@triton.jit(do_not_specialize=["M", "N", "E", "blocks", "num_bias"])
 def panels_kernel(
-    x, codes, totals, step, scale, bias, y, M, N, blocks, num_bias,
+    x, codes, totals, step, scale, bias, ends, y, M, N, E, blocks, num_bias,
     INTEGER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y `[M, N]` = x weightsᵀ, with step and scale as `product_kernel` has them, or INTEGER without.
+    """A tile of y `[M, N]` = x weightsᵀ, with step, scale and groups as `product_kernel` has them, or INTEGER without.
 
-    x int8 `[M, 128 groups]` in the order of slots, totals its rows' sums; codes `[panels, blocks, 64]`.
+    x int8 `[M, 128 groups]` in the order of slots, totals its rows' sums; codes `[E, panels, blocks, 64]`.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(N, BLOCK_N)
+    e, first, end = _rows(ends, pid // tiles, M, E, BLOCK_M)
+    if first >= end:
+        return
     n0 = pid % tiles * BLOCK_N
-    m = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
+    m_ok = m < end
     n = n0 + tl.arange(0, BLOCK_N)
     panel = n0 // 16 + tl.arange(0, BLOCK_N // 16)
     byte, j = tl.arange(0, 512), tl.arange(0, 32)
     groups = tl.cdiv(blocks, 8)
     x_rows = x + m.to(tl.int64)[:, None] * (groups * 128)
-    panels = codes + panel.to(tl.int64)[:, None] * (blocks * 64)
+    panels = codes + (e * tl.cdiv(N, 16) + panel)[:, None] * (blocks * 64)
     panel_ok = (panel < tl.cdiv(N, 16))[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for g in range(groups):
@@ -46,17 +50,17 @@ def panels_kernel(
         packed = tl.permute(tl.reshape(packed, (BLOCK_N // 16, 8, 16, 4)), (0, 2, 1, 3))
         packed = tl.reshape(packed, (BLOCK_N, 32))
         for s in tl.static_range(4):
-            a = tl.load(x_rows + (g * 128 + s * 32 + j)[None, :], mask=(m < M)[:, None], other=0)
+            a = tl.load(x_rows + (g * 128 + s * 32 + j)[None, :], mask=m_ok[:, None], other=0)
             b = ((packed >> 2 * s) & 3).to(tl.int8)
             acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
-    acc -= tl.load(totals + m, mask=m < M, other=0)[:, None]
+    acc -= tl.load(totals + m, mask=m_ok, other=0)[:, None]
     if INTEGER:
-        tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
+        tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], acc, mask=m_ok[:, None] & (n < N)[None, :])
     else:
-        _finish(acc, step, scale, bias, y, m, n, M, N, num_bias)
+        _finish(acc, step, scale + e, bias + e * N, y, m, n, end, N, num_bias)
 
 
-# Rows of x up to which a tile serves. Not timed on a GPU yet. None spills with Triton 3.6 or 3.9.
+# Rows of x, or of a group of it, up to which a tile serves. Not timed on a GPU yet. None spills with Triton 3.6 or 3.9.
 PANELS = {16: Tile(16, 32, 4, 3), 64: Tile(64, 64, 4, 3), 2**31: Tile(128, 128, 8, 3)}
 
 
@@ -74,12 +78,17 @@ def ternary_matmul(x: torch.Tensor, codes: torch.Tensor, shape: tuple[int, int])
 
 
 def ternary_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (N, K), M = shape, x.shape[:-1].numel()
     y = x.new_empty(*x.shape[:-1], N)
     slots, step, totals = quantize_tokens(x.reshape(M, K), panels=True)
-    _multiply(slots, totals, codes, y.view(M, N), step, scale, bias)
+    _multiply(slots, totals, codes, y.view(M, N), step, scale, bias, ends)
     return y
 
 
@@ -91,15 +100,18 @@ def _multiply(
     step: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
 ) -> None:
     M, N = y.shape
     if not y.numel():
         return
-    tile = next(tile for rows, tile in PANELS.items() if M <= rows)
+    E = 0 if ends is None else len(ends)
+    tile = next(tile for rows, tile in PANELS.items() if M <= rows * max(E, 1))
     none = totals.view(torch.float32)  # what is not used is an address of its type
-    panels_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+    panels_kernel[(tiles_of(M, tile.block_m, E) * triton.cdiv(N, tile.block_n),)](
         x, codes.contiguous(), totals, none if step is None else step, none if scale is None else scale,
-        none if bias is None else bias.float().contiguous(), y, M, N, codes.shape[1], 0 if bias is None else N,
+        none if bias is None else bias.float().contiguous(), ends_or_none(x, ends), y, M, N, E, codes.shape[-2],
+        0 if bias is None else N,
         INTEGER=step is None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
         num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
@@ -114,9 +126,9 @@ def configurations() -> Iterator[Configuration]:
             yield bitlinear.configuration(
                 f"panels-{t.block_m}-{dtype}",
                 panels_kernel,
-                {"x": "*i8", "codes": "*u8", "totals": "*i32", "y": f"*{dtype}", "blocks": "i32"},
+                {"x": "*i8", "codes": "*u8", "totals": "*i32", "ends": "*i64", "y": f"*{dtype}", "blocks": "i32"},
                 {"INTEGER": dtype == "i32", "BLOCK_M": t.block_m, "BLOCK_N": t.block_n},
-                ("M", "N", "blocks", "num_bias"),
+                ("M", "N", "E", "blocks", "num_bias"),
                 t.num_warps,
                 t.num_stages,
             )
