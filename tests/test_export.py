@@ -18,7 +18,7 @@ import ultra
 from ultra.cli import main
 from ultra.config import load_config
 from ultra.errors import UserError
-from ultra.export import save_ternary
+from ultra.export import save_ternary, save_weights
 from ultra.export.ternary import every_tensor, linear_bytes, ternary_layers
 from ultra.inference import Pipeline
 from ultra.train import checkpoint, train
@@ -80,6 +80,42 @@ def hidden_and_logits(pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode():
         out = pipeline.model(ids, cu_seqlens=borders, max_seqlen=6)
         return out.last_hidden_state, out.logits
+
+
+# ---- weights as they are
+
+
+def test_exported_weights_are_the_trained_ones(run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "model"
+    assert main(["export", str(run), str(out)]) == 0
+    assert "MiB on disk" in capsys.readouterr().out
+    assert sorted(f.name for f in out.iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    theirs, ours = ultra.load(run), ultra.load(out)
+    assert ours.fill_mask(TEXT) == theirs.fill_mask(TEXT) and ours.evaluate()["eval_loss"] > 0
+    first, second = load_file(checkpoint.latest(run) / "model.safetensors"), load_file(out / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert main(["verify", str(out)]) == 0
+    cfg = load_config(out / "config.yaml", ["training.max_steps=1", f"training.init_from={out}"])
+    assert train(cfg, run_dir=tmp_path / "next") == 0
+    with pytest.raises(UserError, match="init_from"):
+        train(cfg, run_dir=tmp_path / "resumed", resume=str(out))
+    with pytest.raises(UserError, match="new or empty"):
+        save_weights(theirs, out)
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(UserError, match="checksum"):
+        ultra.load(out)
+
+
+def test_ternary_weights_are_not_exported_as_they_are(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ternary; export the run"):
+        save_weights(ultra.load(folder), tmp_path / "model")
 
 
 # ---- the same model
@@ -225,7 +261,7 @@ def test_what_cannot_be_exported(run: Path, tiny_run: Path, folder: Path, tmp_pa
         err = capsys.readouterr().err
         assert message in err and "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
-    assert main(["export", str(run), str(new)]) == 2  # which format is not guessed
+    assert main(["export", str(run), "--format", "gguf", str(new)]) == 2
     assert "--format" in capsys.readouterr().err
 
 

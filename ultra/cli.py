@@ -76,10 +76,11 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from ultra.export import save_ternary
+    from ultra.export import save_ternary, save_weights
     from ultra.inference import load
 
-    print(save_ternary(load(args.run, args.which, device="cpu"), args.out))
+    save = {"safetensors": save_weights, "ternary": save_ternary}[args.format]
+    print(save(load(args.run, args.which, device="cpu"), args.out))
     return 0
 
 
@@ -310,9 +311,9 @@ def parser() -> argparse.ArgumentParser:
     run_arguments(sub)
     sub.add_argument(
         "--format",
-        choices=["ternary"],
-        required=True,
-        help="ternary: the weights of BitNet at 2 bits each",
+        choices=["safetensors", "ternary"],
+        default="safetensors",
+        help="safetensors (the default): the weights as they are; ternary: those of BitNet at 2 bits each",
     )
     sub.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
     data = commands.add_parser("data", help="look at the data of a configuration, or prepare it")

@@ -9,7 +9,6 @@ ternary-1 had the tensors of each expert apart, `w_in.3.codes`; it is still read
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ultra.config import RunConfig
 from ultra.errors import UserError
+from ultra.export.weights import write_folder
 from ultra.model import Encoder, build_model
 from ultra.train import checkpoint
 from ultra_kernels.nn import BitLinear, MoE, PackedMatrices
@@ -65,29 +65,8 @@ def save_ternary(pipeline: Pipeline, out: str | Path) -> Exported:
         tensors |= {f"{name}.{key}": t for key, t in packed.state_dict().items()}
         sizes = linear_bytes(packed)
         matrices, packed_bytes, float_bytes = matrices + sizes[0], packed_bytes + sizes[1], float_bytes + sizes[2]
-    texts = {"config.yaml": pipeline.cfg.to_yaml(), "tokenizer.json": pipeline.vocabulary.tokenizer.to_str()}
-    write_folder(out, {"model.safetensors": tensors}, texts)
-    disk_bytes = sum(file.stat().st_size for file in out.iterdir())
+    disk_bytes = write_folder(out, pipeline, tensors, checkpoint.TERNARY)
     return Exported(out, matrices, packed_bytes, float_bytes, disk_bytes)
-
-
-def write_folder(out: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
-    """The folder `out`, through a temporary one beside it. Raises UserError."""
-    temporary = out.parent / f".tmp-{out.name}"
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: already there; name a folder that is new or empty")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-        try:
-            checkpoint.write(temporary, tensors, texts, checkpoint.TERNARY)
-            if out.exists():
-                out.rmdir()
-            temporary.rename(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}") from None
 
 
 def read_model(folder: Path, cfg: RunConfig) -> Encoder:

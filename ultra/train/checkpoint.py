@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 TERNARY = "ternary-2"  # of a folder that `ultra export --format ternary` wrote (ultra/export)
+WEIGHTS = "weights-1"  # with --format safetensors
 _EXPORTED = {"model.safetensors", "config.yaml", "tokenizer.json"}
 NEEDED: dict[int | str, set[str]] = {
     FORMAT: {"model.safetensors", "state.json", "config.yaml"},
     "ternary-1": _EXPORTED,
     TERNARY: _EXPORTED,
+    WEIGHTS: _EXPORTED,
 }
 _STEP = re.compile(r"step-(\d{8,})")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a manifest must not reach outside its own folder
