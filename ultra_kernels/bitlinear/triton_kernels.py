@@ -128,16 +128,15 @@ def product_kernel(
     pid = tl.program_id(0)
     tiles = tl.cdiv(N, BLOCK_N)
     e, first, end = _rows(ends, pid // tiles, M, E, BLOCK_M)
-    if first >= end:
-        return
     m = first + tl.arange(0, BLOCK_M)
     n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_K)
     m_ok, n_ok = m < end, n < N
     x_rows = x + m.to(tl.int64)[:, None] * K
-    w_rows = weight + (e * N + n)[:, None] * K
+    w_rows = weight + e * N * K + n.to(tl.int64)[:, None] * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for k0 in range(0, K, BLOCK_K):
+    # Nothing is multiplied where no rows are left: a return before the loop takes twice the registers.
+    for k0 in range(0, tl.where(first < end, K, 0), BLOCK_K):
         k = k0 + j
         a = tl.load(x_rows + k[None, :], mask=m_ok[:, None] & (k < K)[None, :], other=0)
         b = tl.load(w_rows + k[None, :], mask=n_ok[:, None] & (k < K)[None, :], other=0)

@@ -31,8 +31,6 @@ def panels_kernel(
     pid = tl.program_id(0)
     tiles = tl.cdiv(N, BLOCK_N)
     e, first, end = _rows(ends, pid // tiles, M, E, BLOCK_M)
-    if first >= end:
-        return
     n0 = pid % tiles * BLOCK_N
     m = first + tl.arange(0, BLOCK_M)
     m_ok = m < end
@@ -41,10 +39,10 @@ def panels_kernel(
     byte, j = tl.arange(0, 512), tl.arange(0, 32)
     groups = tl.cdiv(blocks, 8)
     x_rows = x + m.to(tl.int64)[:, None] * (groups * 128)
-    panels = codes + (e * tl.cdiv(N, 16) + panel)[:, None] * (blocks * 64)
+    panels = codes + e * tl.cdiv(N, 16) * blocks * 64 + panel.to(tl.int64)[:, None] * (blocks * 64)
     panel_ok = (panel < tl.cdiv(N, 16))[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for g in range(groups):
+    for g in range(tl.where(first < end, groups, 0)):
         at = g * 512 + byte
         packed = tl.load(panels + at[None, :], mask=panel_ok & (at < blocks * 64)[None, :], other=0)
         packed = tl.permute(tl.reshape(packed, (BLOCK_N // 16, 8, 16, 4)), (0, 2, 1, 3))
