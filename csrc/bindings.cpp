@@ -7,6 +7,7 @@
 #include "derf/derf.h"
 #include "dyt/dyt.h"
 #include "hope_attention/hope_attention.h"
+#include "layer_norm/layer_norm.h"
 #include "moe_ffn/moe_ffn.h"
 #include "retention/retention.h"
 #include "rotary/rotary.h"
@@ -190,26 +191,40 @@ PYBIND11_MODULE(_C, m) {
     }, Nogil());
     m.def("row_blocks", &ultra::row_blocks);
 
-    m.def("derf_forward", [](Address x, float alpha, float shift, Address weight, Address bias, Address y,
-                             int64_t rows, int64_t D, int dtype, int threads) {
-        ULTRA_PICK(derf_forward)(in(x), alpha, shift, fin(weight), fin(bias), out(y), rows, D, dtype, threads);
+    m.def("derf_forward", [](Address x, Address residual, float alpha, float shift, Address weight, Address bias,
+                             Address y, Address s, int64_t rows, int64_t D, int dtype, int threads) {
+        ULTRA_PICK(derf_forward)(in(x), in(residual), alpha, shift, fin(weight), fin(bias), out(y), out(s), rows, D,
+                                 dtype, threads);
     }, Nogil());
-    m.def("derf_backward", [](Address dy, Address x, float alpha, float shift, Address weight, Address dx,
+    m.def("derf_backward", [](Address dy, Address ds, Address x, float alpha, float shift, Address weight, Address dx,
                               Address dalpha_dshift, Address dweight, Address dbias, Address scratch, int64_t rows,
                               int64_t D, int dtype, int threads) {
-        ULTRA_PICK(derf_backward)(in(dy), in(x), alpha, shift, fin(weight), out(dx), fout(dalpha_dshift),
+        ULTRA_PICK(derf_backward)(in(dy), in(ds), in(x), alpha, shift, fin(weight), out(dx), fout(dalpha_dshift),
                                   fout(dweight), fout(dbias), fout(scratch), rows, D, dtype, threads);
     }, Nogil());
 
-    m.def("dyt_forward", [](Address x, float alpha, Address weight, Address bias, Address y, int64_t rows, int64_t D,
-                            int dtype, int threads) {
-        ULTRA_PICK(dyt_forward)(in(x), alpha, fin(weight), fin(bias), out(y), rows, D, dtype, threads);
+    m.def("dyt_forward", [](Address x, Address residual, float alpha, Address weight, Address bias, Address y,
+                            Address s, int64_t rows, int64_t D, int dtype, int threads) {
+        ULTRA_PICK(dyt_forward)(in(x), in(residual), alpha, fin(weight), fin(bias), out(y), out(s), rows, D, dtype,
+                                threads);
     }, Nogil());
-    m.def("dyt_backward", [](Address dy, Address x, float alpha, Address weight, Address dx, Address dalpha,
-                             Address dweight, Address dbias, Address scratch, int64_t rows, int64_t D, int dtype,
-                             int threads) {
-        ULTRA_PICK(dyt_backward)(in(dy), in(x), alpha, fin(weight), out(dx), fout(dalpha), fout(dweight), fout(dbias),
-                                 fout(scratch), rows, D, dtype, threads);
+    m.def("dyt_backward", [](Address dy, Address ds, Address x, float alpha, Address weight, Address dx,
+                             Address dalpha, Address dweight, Address dbias, Address scratch, int64_t rows, int64_t D,
+                             int dtype, int threads) {
+        ULTRA_PICK(dyt_backward)(in(dy), in(ds), in(x), alpha, fin(weight), out(dx), fout(dalpha), fout(dweight),
+                                 fout(dbias), fout(scratch), rows, D, dtype, threads);
+    }, Nogil());
+
+    m.def("layer_norm_forward", [](Address x, Address residual, Address weight, Address bias, Address y, Address s,
+                                   Address stats, int64_t rows, int64_t D, float eps, int dtype, int threads) {
+        ULTRA_PICK(layer_norm_forward)(in(x), in(residual), fin(weight), fin(bias), out(y), out(s), fout(stats), rows,
+                                       D, eps, dtype, threads);
+    }, Nogil());
+    m.def("layer_norm_backward", [](Address dy, Address ds, Address x, Address stats, Address weight, Address dx,
+                                    Address dweight, Address dbias, Address scratch, int64_t rows, int64_t D,
+                                    int dtype, int threads) {
+        ULTRA_PICK(layer_norm_backward)(in(dy), in(ds), in(x), fin(stats), fin(weight), out(dx), fout(dweight),
+                                        fout(dbias), fout(scratch), rows, D, dtype, threads);
     }, Nogil());
 
     py::class_<RetentionProblem>(m, "RetentionProblem")

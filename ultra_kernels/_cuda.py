@@ -18,7 +18,7 @@ from . import _native
 from ._native import DTYPES as DTYPES
 from ._version import __version__
 
-ABI = 3  # kAbi of csrc/common/library_cuda.cu
+ABI = 4  # kAbi of csrc/common/library_cuda.cu
 _proven: dict[int, tuple[str, str] | None] = {}
 
 
@@ -104,11 +104,12 @@ def view(t: torch.Tensor | None) -> tuple[Any, ...]:
     return (None, 0, 0, 0, 0) if t is None else (t, *t.stride(), DTYPES[t.dtype])
 
 
-def launch(name: str, *args: torch.Tensor | Struct | int | float) -> None:
+def launch(name: str, *args: torch.Tensor | Struct | int | float | None) -> None:
     """Queues function `name` of the library on the GPU of the first tensor and on torch's current stream.
 
-    Contiguous tensors go as addresses, a Struct as its address, int as int64_t, float as float; the stream is added
-    last. Raises ValueError when the tensors are not on one device, RuntimeError with CUDA's words if the launch fails.
+    Contiguous tensors go as addresses, None as null, a Struct as its address, int as int64_t, float as float; the
+    stream is added last. Raises ValueError when the tensors are not on one device, RuntimeError with CUDA's words if
+    the launch fails.
     """
     tensors = [t for a in args for t in (a.tensors if isinstance(a, Struct) else [a]) if isinstance(t, torch.Tensor)]
     index = tensors[0].get_device()

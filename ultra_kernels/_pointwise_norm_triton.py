@@ -8,12 +8,13 @@ of rows and columns, and no row needs to be whole. Sums over rows go through one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ._norms import new_outputs
+from ._norms_triton import FUSION, Tile, added, configuration, float32, row_blocks, sum_blocks, sum_configurations
 from ._triton import Configuration
 
 
@@ -69,8 +70,8 @@ def _slope(u, value, ERF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
-    x, alpha, shift, weight, bias, y, rows, D,
-    ERF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, residual, alpha, shift, weight, bias, y, total, rows, D,
+    ERF: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -80,14 +81,14 @@ def forward_kernel(
     b = tl.load(bias + col, mask=col < D, other=0.0)[None, :]
     a = tl.load(alpha)
     s = tl.load(shift) if ERF else 0.0
-    u = a * tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + s
+    u = a * added(x, residual, total, at, inside, RESIDUAL) + s
     tl.store(y + at, w * _value(u, ERF) + b, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_block"])
 def backward_kernel(
-    grad, x, alpha, shift, weight, dx, part_columns, part_scalars, rows, rows_per_block, D,
-    ERF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    grad, grad_sum, x, alpha, shift, weight, dx, part_columns, part_scalars, rows, rows_per_block, D,
+    ERF: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """part_columns `[blocks, 2, D]`: dweight, dbias; part_scalars `[blocks, tiles, 2]`: dalpha, dshift."""
     block = tl.program_id(0).to(tl.int64)
@@ -110,7 +111,10 @@ def backward_kernel(
         u = a * v + s
         t = _value(u, ERF)
         slope = g * w * _slope(u, t, ERF)
-        tl.store(dx + at, a * slope, mask=inside)
+        change = a * slope
+        if RESIDUAL:
+            change += tl.load(grad_sum + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, change, mask=inside)
         dweight += g * t
         dbias += g
         dalpha += slope * v
@@ -124,49 +128,10 @@ def backward_kernel(
     tl.store(scalar + 1, tl.sum(tl.sum(dshift, axis=0), axis=0))
 
 
-@triton.jit(do_not_specialize=["blocks", "scalars"])
-def sum_kernel(
-    part_columns, part_scalars, dweight, dbias, alpha_shift, blocks, scalars, D,
-    ERF: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Adds up what backward_kernel left. Grid: column tiles × (dweight, dbias); one also does the scalars."""
-    which = tl.program_id(1)
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(0, blocks, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = (row[:, None].to(tl.int64) * 2 + which) * D + col[None, :]
-        total += tl.load(part_columns + at, mask=(row < blocks)[:, None] & (col < D)[None, :], other=0.0)
-    column_sums = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(dweight + col, column_sums, mask=col < D)
-    else:
-        tl.store(dbias + col, column_sums, mask=col < D)
-    if tl.program_id(0) + which == 0:
-        dalpha = tl.zeros((ROWS * COLS,), tl.float32)
-        dshift = tl.zeros((ROWS * COLS,), tl.float32)
-        for first in range(0, scalars, ROWS * COLS):
-            entry = first + tl.arange(0, ROWS * COLS)
-            dalpha += tl.load(part_scalars + entry * 2, mask=entry < scalars, other=0.0)
-            if ERF:
-                dshift += tl.load(part_scalars + entry * 2 + 1, mask=entry < scalars, other=0.0)
-        tl.store(alpha_shift, tl.sum(dalpha, axis=0))
-        if ERF:
-            tl.store(alpha_shift + 1, tl.sum(dshift, axis=0))
-
-
-class Tile(NamedTuple):
-    rows: int
-    cols: int
-    num_warps: int
-
-
 # By column tile; not timed on a GPU yet. A thread of the forward kernel has 8 elements in flight (16 and 32 spill
 # on sm_80 and sm_90 when D is odd), one of the backward 8 of x and 8 of grad beside its 32 partial sums.
 FORWARD = {128: Tile(16, 128, 8), 512: Tile(4, 512, 8)}
 BACKWARD = {128: Tile(8, 128, 4), 512: Tile(2, 512, 4)}
-SUM = Tile(32, 32, 4)
-FUSION = True  # Triton's own default differs between versions
 
 
 def column_tile(D: int) -> int:
@@ -174,34 +139,40 @@ def column_tile(D: int) -> int:
     return 512 if D % 512 == 0 else 128
 
 
-def row_blocks(rows: int) -> int:
-    """Row blocks of the backward sums: of 16 rows or more, at most 256, some two a multiprocessor."""
-    return max(1, min((rows + 15) // 16, 256))
-
-
 def forward(
-    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    """shift None: tanh; a tensor: erf. Shapes as in the ops' contracts."""
-    x, alpha, weight, bias = x.contiguous(), _float32(alpha), _float32(weight), _float32(bias)
-    y = torch.empty_like(x)
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    alpha: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """shift None: tanh; a tensor: erf. Shapes as in the ops' contracts; the sum is empty without a residual."""
+    x, alpha, weight, bias = x.contiguous(), float32(alpha), float32(weight), float32(bias)
+    y, total = new_outputs(x, residual)
     D = x.shape[-1]
     if x.numel():
         rows, tile = x.numel() // D, FORWARD[column_tile(D)]
         grid = (triton.cdiv(rows, tile.rows), triton.cdiv(D, tile.cols))
         forward_kernel[grid](
-            x, alpha, alpha if shift is None else _float32(shift), weight, bias, y, rows, D,
-            ERF=shift is not None, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=1,
-            enable_fp_fusion=FUSION,
+            x, x if residual is None else residual.contiguous(), alpha, alpha if shift is None else float32(shift),
+            weight, bias, y, y if residual is None else total, rows, D,
+            ERF=shift is not None, RESIDUAL=residual is not None, ROWS=tile.rows, COLS=tile.cols,
+            num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=FUSION,
         )  # fmt: skip
-    return y
+    return y, total
 
 
 def backward(
-    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor | None, weight: torch.Tensor
+    grad: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    shift: torch.Tensor | None,
+    weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx like x; in float32 [dalpha] or, with a shift, [dalpha, dshift]; dweight and dbias [D]."""
-    grad, x, alpha, weight = grad.contiguous(), x.contiguous(), _float32(alpha), _float32(weight)
+    grad, x, alpha, weight = grad.contiguous(), x.contiguous(), float32(alpha), float32(weight)
     D = x.shape[-1]
     rows = x.numel() // D if D else 0
     dx = torch.empty_like(x)
@@ -215,40 +186,24 @@ def backward(
     part_columns = torch.empty(blocks, 2, D, dtype=torch.float32, device=x.device)
     part_scalars = torch.empty(blocks, tiles, 2, dtype=torch.float32, device=x.device)
     backward_kernel[(blocks, tiles)](
-        grad, x, alpha, alpha if shift is None else _float32(shift), weight, dx, part_columns, part_scalars,
+        grad, grad if grad_sum is None else grad_sum.contiguous(), x, alpha,
+        alpha if shift is None else float32(shift), weight, dx, part_columns, part_scalars,
         rows, triton.cdiv(rows, blocks), D,
-        ERF=shift is not None, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, num_stages=1,
-        enable_fp_fusion=FUSION,
+        ERF=shift is not None, RESIDUAL=grad_sum is not None, ROWS=tile.rows, COLS=tile.cols,
+        num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=FUSION,
     )  # fmt: skip
-    sum_kernel[(triton.cdiv(D, SUM.cols), 2)](
-        part_columns, part_scalars, dweight, dbias, alpha_shift, blocks, blocks * tiles, D,
-        ERF=shift is not None, ROWS=SUM.rows, COLS=SUM.cols, num_warps=SUM.num_warps, num_stages=1,
-        enable_fp_fusion=FUSION,
-    )  # fmt: skip
+    sum_blocks(part_columns, dweight, dbias, part_scalars, alpha_shift, scalars)
     return dx, alpha_shift, dweight, dbias
-
-
-def _float32(parameter: torch.Tensor) -> torch.Tensor:
-    """Free where parameters are float32, as in training; it keeps the shipped configurations few."""
-    return parameter.contiguous().float()
 
 
 def configurations(erf: bool) -> Iterator[Configuration]:
     """What `forward` and `backward` launch: every tile and dtype of x, D divisible by 16 or not."""
-    f32, sizes = "*fp32", ("rows", "rows_per_block", "blocks", "scalars", "D")
-
-    def configuration(name: str, kernel: Any, tile: Tile, odd: bool, **types: str) -> Configuration:
-        names = [a for a in kernel.arg_names if a not in ("ERF", "ROWS", "COLS")]
-        arguments = {a: types.get(a, "i32" if a in sizes else f32) for a in names}
-        aligned = tuple(a for a in arguments if a not in sizes or (a == "D" and not odd))
-        constexprs = {"ERF": erf, "ROWS": tile.rows, "COLS": tile.cols}
-        return Configuration(name, kernel, arguments, constexprs, aligned, tile.num_warps, enable_fp_fusion=FUSION)
-
     for cols, odd in ((512, False), (128, False), (128, True)):
         for dtype in ("fp32", "bf16", "fp16"):
-            io, suffix = f"*{dtype}", f"{dtype}-{cols}{'-odd' if odd else ''}"
-            yield configuration(f"forward-{suffix}", forward_kernel, FORWARD[cols], odd, x=io, y=io)
-            tile = BACKWARD[cols]
-            yield configuration(f"backward-{suffix}", backward_kernel, tile, odd, grad=io, x=io, dx=io)
-    for odd in (False, True):
-        yield configuration(f"sum{'-odd' if odd else ''}", sum_kernel, SUM, odd)
+            for residual in (False, True):
+                io, flags = f"*{dtype}", {"ERF": erf, "RESIDUAL": residual}
+                suffix = f"{dtype}-{cols}{'-odd' if odd else ''}{'-residual' if residual else ''}"
+                types = dict.fromkeys(("x", "residual", "y", "total", "grad", "grad_sum", "dx"), io)
+                yield configuration(f"forward-{suffix}", forward_kernel, FORWARD[cols], odd, flags, types)
+                yield configuration(f"backward-{suffix}", backward_kernel, BACKWARD[cols], odd, flags, types)
+    yield from sum_configurations(2 if erf else 1)

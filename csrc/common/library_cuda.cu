@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int kAbi = 3;  // raised with every change of an exported signature; _cuda.py refuses another number
+constexpr int kAbi = 4;  // raised with every change of an exported signature; _cuda.py refuses another number
 
 __global__ void probe_kernel(int* out, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;

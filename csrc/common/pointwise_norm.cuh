@@ -2,7 +2,8 @@
 //   struct F { static constexpr bool kShift;  static float value(float u);  static float slope(float u, float value); };
 // with slope = f'(u), given f(u); without kShift, shift is a null pointer and taken as 0. DyT (f = tanh) and Derf
 // (f = erf) are this. Rows are contiguous; weight and bias are float32 [D], alpha and shift one float32 each, all on the
-// device: reading them on the host would wait for the GPU.
+// device: reading them on the host would wait for the GPU. With a residual (else null, as s is) s = x + residual, rounded
+// to T, is normalised and written; ds, its gradient beside that through y (null where there is none), is added to dx.
 //
 // Bound by memory: 2 elements cross it per result forward, 3 backward, and the sums add 16 * D * row_blocks bytes. So a
 // warp owns columns, one vector of 16 bytes per lane, keeps their parameters (and partial sums) in registers, and walks
@@ -35,25 +36,36 @@ template <typename F> __device__ inline float shift_of(const float* shift) {
     else return 0.0f;
 }
 
+template <int N> __device__ inline Vector<float, N> sum_of(Vector<float, N> a, const Vector<float, N>& b) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) a.v[i] += b.v[i];
+    return a;
+}
+
 // Grid: row tiles × column tiles.
-template <typename F, typename T, int N>
+template <typename F, typename T, int N, bool kResidual>
 __global__ void __launch_bounds__(kNormThreads, 3)
-    pointwise_norm_rows(const T* x, const float* alpha, const float* shift, const float* weight, const float* bias,
-                        T* y, int64_t rows, int64_t D) {
+    pointwise_norm_rows(const T* x, const T* residual, const float* alpha, const float* shift, const float* weight,
+                        const float* bias, T* y, T* sum, int64_t rows, int64_t D) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const float a = *alpha, s = shift_of<F>(shift);
     const int64_t first = (int64_t)blockIdx.x * (kNormWarps * kForwardRows) + warp;
     for (int64_t d = ((int64_t)blockIdx.y * kWarp + lane) * N; d < D; d += (int64_t)gridDim.y * kWarp * N) {
         const auto w = load<N>(weight + d), b = load<N>(bias + d);
-        Vector<T, N> v[kForwardRows];
+        Vector<T, N> v[kForwardRows], more[kResidual ? kForwardRows : 1];
 #pragma unroll
         for (int r = 0; r < kForwardRows; ++r) {
             const int64_t row = first + r * kNormWarps;
             if (row < rows) v[r] = load<N>(x + row * D + d);
+            if (kResidual && row < rows) more[r] = load<N>(residual + row * D + d);
         }
 #pragma unroll
         for (int r = 0; r < kForwardRows; ++r) {
             const int64_t row = first + r * kNormWarps;
+            if constexpr (kResidual) {
+                v[r] = narrow<T>(sum_of(widen(v[r]), widen(more[r])));
+                if (row < rows) store(sum + row * D + d, v[r]);
+            }
             Vector<float, N> t = widen(v[r]);
 #pragma unroll
             for (int i = 0; i < N; ++i) t.v[i] = w.v[i] * F::value(a * t.v[i] + s) + b.v[i];
@@ -64,10 +76,10 @@ __global__ void __launch_bounds__(kNormThreads, 3)
 
 // part_columns [row blocks, 2, D]: dweight, dbias; part_scalars [row blocks, tiles, 2]: dalpha, dshift.
 // Grid: row blocks × column tiles; a block may do several tiles.
-template <typename F, typename T, int N>
+template <typename F, typename T, int N, bool kResidual>
 __global__ void __launch_bounds__(kNormThreads)
-    pointwise_norm_rows_backward(const T* dy, const T* x, const float* alpha, const float* shift, const float* weight,
-                                 T* dx, float* part_columns, float* part_scalars, int64_t rows,
+    pointwise_norm_rows_backward(const T* dy, const T* dsum, const T* x, const float* alpha, const float* shift,
+                                 const float* weight, T* dx, float* part_columns, float* part_scalars, int64_t rows,
                                  int64_t rows_per_block, int64_t D, int64_t tiles) {
     __shared__ Vector<float, N> columns[2][kNormWarps][kWarp];
     __shared__ float scalars[2][kNormWarps];
@@ -83,11 +95,12 @@ __global__ void __launch_bounds__(kNormThreads)
         if (d < D) {
             w = load<N>(weight + d);
             for (int64_t first = begin + warp; first < end; first += kNormWarps * kBackwardRows) {
-                Vector<T, N> v[kBackwardRows], g[kBackwardRows];
+                Vector<T, N> v[kBackwardRows], g[kBackwardRows], more[kResidual ? kBackwardRows : 1];
 #pragma unroll
                 for (int r = 0; r < kBackwardRows; ++r) {
                     const int64_t row = first + r * kNormWarps;
                     if (row < end) v[r] = load<N>(x + row * D + d), g[r] = load<N>(dy + row * D + d);
+                    if (kResidual && row < end) more[r] = load<N>(dsum + row * D + d);
                 }
 #pragma unroll
                 for (int r = 0; r < kBackwardRows; ++r) {
@@ -104,6 +117,7 @@ __global__ void __launch_bounds__(kNormThreads)
                         if constexpr (F::kShift) ds += slope;
                         in.v[i] = a * slope;
                     }
+                    if constexpr (kResidual) in = sum_of(in, widen(more[r]));
                     store(dx + row * D + d, narrow<T>(in));
                 }
             }
@@ -169,23 +183,27 @@ __global__ void __launch_bounds__(kNormThreads)
 inline unsigned grid_y(int64_t n) { return (unsigned)(n < kMaxGridY ? n : kMaxGridY); }
 
 template <typename F, typename T, int N>
-int launch_pointwise_norm(const void* x, const float* alpha, const float* shift, const float* weight, const float* bias,
-                          void* y, int64_t rows, int64_t D, void* stream) {
+int launch_pointwise_norm(const void* x, const void* residual, const float* alpha, const float* shift,
+                          const float* weight, const float* bias, void* y, void* s, int64_t rows, int64_t D,
+                          void* stream) {
     const dim3 grid((unsigned)ceil_div<int64_t>(rows, kNormWarps * kForwardRows),
                     grid_y(ceil_div<int64_t>(D, kWarp * N)));
-    return launch(pointwise_norm_rows<F, T, N>, grid, kNormThreads, stream, (const T*)x, alpha, shift, weight, bias,
-                  (T*)y, rows, D);
+    return launch(residual ? pointwise_norm_rows<F, T, N, true> : pointwise_norm_rows<F, T, N, false>, grid,
+                  kNormThreads, stream, (const T*)x, (const T*)residual, alpha, shift, weight, bias, (T*)y, (T*)s, rows,
+                  D);
 }
 
 template <typename F, typename T, int N>
-int launch_pointwise_norm_backward(const void* dy, const void* x, const float* alpha, const float* shift,
-                                   const float* weight, void* dx, float* dalpha, float* dshift, float* dweight,
-                                   float* dbias, float* scratch, int64_t rows, int64_t D, void* stream) {
+int launch_pointwise_norm_backward(const void* dy, const void* ds, const void* x, const float* alpha,
+                                   const float* shift, const float* weight, void* dx, float* dalpha, float* dshift,
+                                   float* dweight, float* dbias, float* scratch, int64_t rows, int64_t D,
+                                   void* stream) {
     const int64_t blocks = norm_row_blocks(rows), tiles = ceil_div<int64_t>(D, kWarp * N);
     float* part_scalars = scratch + blocks * 2 * D;
-    int code = launch(pointwise_norm_rows_backward<F, T, N>, dim3((unsigned)blocks, grid_y(tiles)), kNormThreads,
-                      stream, (const T*)dy, (const T*)x, alpha, shift, weight, (T*)dx, scratch, part_scalars, rows,
-                      ceil_div(rows, blocks), D, tiles);
+    int code = launch(ds ? pointwise_norm_rows_backward<F, T, N, true> : pointwise_norm_rows_backward<F, T, N, false>,
+                      dim3((unsigned)blocks, grid_y(tiles)), kNormThreads, stream, (const T*)dy, (const T*)ds,
+                      (const T*)x, alpha, shift, weight, (T*)dx, scratch, part_scalars, rows, ceil_div(rows, blocks), D,
+                      tiles);
     if (code != kSuccess) return code;
     return launch(pointwise_norm_sums<F>, dim3((unsigned)ceil_div<int64_t>(D, kWarp), 2), kNormThreads, stream, scratch,
                   part_scalars, dweight, dbias, dalpha, dshift, blocks, blocks * tiles, D);
@@ -193,39 +211,43 @@ int launch_pointwise_norm_backward(const void* dy, const void* x, const float* a
 
 // rows and D are at least 1. Whole vectors where every row starts on a vector's border, else one element at a time.
 template <typename F, typename T>
-int pointwise_norm_forward_as(const void* x, const float* alpha, const float* shift, const float* weight,
-                              const float* bias, void* y, int64_t rows, int64_t D, void* stream) {
-    auto run = vectors_fit<T>(D, x, y, weight, bias) ? launch_pointwise_norm<F, T, kVectorBytes / sizeof(T)>
-                                                     : launch_pointwise_norm<F, T, 1>;
-    return run(x, alpha, shift, weight, bias, y, rows, D, stream);
+int pointwise_norm_forward_as(const void* x, const void* residual, const float* alpha, const float* shift,
+                              const float* weight, const float* bias, void* y, void* s, int64_t rows, int64_t D,
+                              void* stream) {
+    auto run = vectors_fit<T>(D, x, residual, y, s, weight, bias)
+                   ? launch_pointwise_norm<F, T, kVectorBytes / sizeof(T)>
+                   : launch_pointwise_norm<F, T, 1>;
+    return run(x, residual, alpha, shift, weight, bias, y, s, rows, D, stream);
 }
 
 template <typename F, typename T>
-int pointwise_norm_backward_as(const void* dy, const void* x, const float* alpha, const float* shift,
+int pointwise_norm_backward_as(const void* dy, const void* ds, const void* x, const float* alpha, const float* shift,
                                const float* weight, void* dx, float* dalpha, float* dshift, float* dweight,
                                float* dbias, float* scratch, int64_t rows, int64_t D, void* stream) {
-    auto run = vectors_fit<T>(D, dy, x, dx, weight) ? launch_pointwise_norm_backward<F, T, kVectorBytes / sizeof(T)>
-                                                    : launch_pointwise_norm_backward<F, T, 1>;
-    return run(dy, x, alpha, shift, weight, dx, dalpha, dshift, dweight, dbias, scratch, rows, D, stream);
+    auto run = vectors_fit<T>(D, dy, ds, x, dx, weight)
+                   ? launch_pointwise_norm_backward<F, T, kVectorBytes / sizeof(T)>
+                   : launch_pointwise_norm_backward<F, T, 1>;
+    return run(dy, ds, x, alpha, shift, weight, dx, dalpha, dshift, dweight, dbias, scratch, rows, D, stream);
 }
 
 template <typename F>
-int pointwise_norm_forward(const void* x, const float* alpha, const float* shift, const float* weight,
-                           const float* bias, void* y, int64_t rows, int64_t D, int64_t dtype, void* stream) {
+int pointwise_norm_forward(const void* x, const void* residual, const float* alpha, const float* shift,
+                           const float* weight, const float* bias, void* y, void* s, int64_t rows, int64_t D,
+                           int64_t dtype, void* stream) {
     auto run = dtype == kBFloat16  ? pointwise_norm_forward_as<F, __nv_bfloat16>
                : dtype == kFloat16 ? pointwise_norm_forward_as<F, __half>
                                    : pointwise_norm_forward_as<F, float>;
-    return run(x, alpha, shift, weight, bias, y, rows, D, stream);
+    return run(x, residual, alpha, shift, weight, bias, y, s, rows, D, stream);
 }
 
 template <typename F>
-int pointwise_norm_backward(const void* dy, const void* x, const float* alpha, const float* shift, const float* weight,
-                            void* dx, float* dalpha, float* dshift, float* dweight, float* dbias, float* scratch,
-                            int64_t rows, int64_t D, int64_t dtype, void* stream) {
+int pointwise_norm_backward(const void* dy, const void* ds, const void* x, const float* alpha, const float* shift,
+                            const float* weight, void* dx, float* dalpha, float* dshift, float* dweight, float* dbias,
+                            float* scratch, int64_t rows, int64_t D, int64_t dtype, void* stream) {
     auto run = dtype == kBFloat16  ? pointwise_norm_backward_as<F, __nv_bfloat16>
                : dtype == kFloat16 ? pointwise_norm_backward_as<F, __half>
                                    : pointwise_norm_backward_as<F, float>;
-    return run(dy, x, alpha, shift, weight, dx, dalpha, dshift, dweight, dbias, scratch, rows, D, stream);
+    return run(dy, ds, x, alpha, shift, weight, dx, dalpha, dshift, dweight, dbias, scratch, rows, D, stream);
 }
 
 }  // namespace ultra

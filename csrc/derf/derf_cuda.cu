@@ -30,18 +30,21 @@ struct Erf {
 
 }  // namespace
 
-ULTRA_EXPORT int derf_forward(const void* x, const float* alpha, const float* shift, const float* weight,
-                              const float* bias, void* y, int64_t rows, int64_t D, int64_t dtype, void* stream) {
-    return ultra::pointwise_norm_forward<Erf>(x, alpha, shift, weight, bias, y, rows, D, dtype, stream);
+// residual and s: like x and y, or null.
+ULTRA_EXPORT int derf_forward(const void* x, const void* residual, const float* alpha, const float* shift,
+                              const float* weight, const float* bias, void* y, void* s, int64_t rows, int64_t D,
+                              int64_t dtype, void* stream) {
+    return ultra::pointwise_norm_forward<Erf>(x, residual, alpha, shift, weight, bias, y, s, rows, D, dtype, stream);
 }
 
 // Floats of scratch memory for derf_backward.
 ULTRA_EXPORT int64_t derf_scratch(int64_t rows, int64_t D) { return ultra::norm_scratch(rows, D); }
 
+// x: what was normalised; ds: like dy, or null.
 // dweight, dbias: [D], dalpha_dshift: [2], all float32 and written, not added to.
-ULTRA_EXPORT int derf_backward(const void* dy, const void* x, const float* alpha, const float* shift,
+ULTRA_EXPORT int derf_backward(const void* dy, const void* ds, const void* x, const float* alpha, const float* shift,
                                const float* weight, void* dx, float* dalpha_dshift, float* dweight, float* dbias,
                                float* scratch, int64_t rows, int64_t D, int64_t dtype, void* stream) {
-    return ultra::pointwise_norm_backward<Erf>(dy, x, alpha, shift, weight, dx, dalpha_dshift, dalpha_dshift + 1,
+    return ultra::pointwise_norm_backward<Erf>(dy, ds, x, alpha, shift, weight, dx, dalpha_dshift, dalpha_dshift + 1,
                                                dweight, dbias, scratch, rows, D, dtype, stream);
 }

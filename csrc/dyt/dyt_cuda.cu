@@ -21,18 +21,20 @@ struct Tanh {
 
 }  // namespace
 
-ULTRA_EXPORT int dyt_forward(const void* x, const float* alpha, const float* weight, const float* bias, void* y,
-                             int64_t rows, int64_t D, int64_t dtype, void* stream) {
-    return ultra::pointwise_norm_forward<Tanh>(x, alpha, nullptr, weight, bias, y, rows, D, dtype, stream);
+// residual and s: like x and y, or null.
+ULTRA_EXPORT int dyt_forward(const void* x, const void* residual, const float* alpha, const float* weight,
+                             const float* bias, void* y, void* s, int64_t rows, int64_t D, int64_t dtype,
+                             void* stream) {
+    return ultra::pointwise_norm_forward<Tanh>(x, residual, alpha, nullptr, weight, bias, y, s, rows, D, dtype, stream);
 }
 
 // Floats of scratch memory for dyt_backward.
 ULTRA_EXPORT int64_t dyt_scratch(int64_t rows, int64_t D) { return ultra::norm_scratch(rows, D); }
 
-// dweight, dbias: [D], dalpha: [1], all float32 and written, not added to.
-ULTRA_EXPORT int dyt_backward(const void* dy, const void* x, const float* alpha, const float* weight, void* dx,
-                              float* dalpha, float* dweight, float* dbias, float* scratch, int64_t rows, int64_t D,
-                              int64_t dtype, void* stream) {
-    return ultra::pointwise_norm_backward<Tanh>(dy, x, alpha, nullptr, weight, dx, dalpha, nullptr, dweight, dbias,
+// x: what was normalised; ds: like dy, or null. dweight, dbias: [D], dalpha: [1], all float32 and written, not added to.
+ULTRA_EXPORT int dyt_backward(const void* dy, const void* ds, const void* x, const float* alpha, const float* weight,
+                              void* dx, float* dalpha, float* dweight, float* dbias, float* scratch, int64_t rows,
+                              int64_t D, int64_t dtype, void* stream) {
+    return ultra::pointwise_norm_backward<Tanh>(dy, ds, x, alpha, nullptr, weight, dx, dalpha, nullptr, dweight, dbias,
                                                 scratch, rows, D, dtype, stream);
 }

@@ -461,7 +461,7 @@ def test_tensors_on_two_devices_are_refused():
 def test_another_version_or_abi_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(_cuda, "ABI", 0)
     _cuda.load.cache_clear()
-    assert "ABI 3; need" in str(_cuda.missing())
+    assert "ABI 4; need" in str(_cuda.missing())
     with pytest.raises(_cuda.CudaUnavailable, match=r"need .*, ABI 0"):
         _cuda.load()
 

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import torch
 
-from .._native import DTYPES, load
+from .._native import DTYPES, address, load
+from .._norms import contiguous, new_outputs
 
 
 def forward(
-    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
-    y = torch.empty_like(x)
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    alpha: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and the sum, which is empty without a residual."""
+    x, residual = x.contiguous(), contiguous(residual)
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    y, s = new_outputs(x, residual)
     D = x.shape[-1]
     if x.numel():
         load().derf_forward(
-            x.data_ptr(), float(alpha), float(shift), weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
-            x.numel() // D, D, DTYPES[x.dtype], torch.get_num_threads(),
+            x.data_ptr(), address(residual), float(alpha), float(shift), weight.data_ptr(), bias.data_ptr(),
+            y.data_ptr(), s.data_ptr(), x.numel() // D, D, DTYPES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
-    return y
+    return y, s
 
 
 def backward(
-    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor
+    grad: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, x, weight = grad.contiguous(), x.contiguous(), weight.float().contiguous()
+    """x: what was normalised. dx like x; in float32 [dalpha, dshift], dweight and dbias [D]."""
+    grad, grad_sum, x, weight = grad.contiguous(), contiguous(grad_sum), x.contiguous(), weight.float().contiguous()
     C, D = load(), x.shape[-1]
     rows = x.numel() // D if D else 0
     dx = torch.empty_like(x)
     dalpha_dshift, dweight, dbias = (torch.empty(n, dtype=torch.float32) for n in (2, D, D))
     scratch = torch.empty(C.row_blocks(rows) * (2 * D + 2), dtype=torch.float32)
     C.derf_backward(
-        grad.data_ptr(), x.data_ptr(), float(alpha), float(shift), weight.data_ptr(), dx.data_ptr(),
-        dalpha_dshift.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(),
+        grad.data_ptr(), address(grad_sum), x.data_ptr(), float(alpha), float(shift), weight.data_ptr(),
+        dx.data_ptr(), dalpha_dshift.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), scratch.data_ptr(),
         rows, D, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dalpha_dshift, dweight, dbias

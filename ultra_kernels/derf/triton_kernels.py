@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from .. import _pointwise_norm_triton as shared
+from .._pointwise_norm_triton import backward as backward
+from .._pointwise_norm_triton import configurations as shared_configurations
+from .._pointwise_norm_triton import forward as forward
 from .._triton import Configuration
-
-
-def forward(
-    x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    return shared.forward(x, alpha, shift, weight, bias)
-
-
-def backward(
-    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return shared.backward(grad, x, alpha, shift, weight)
 
 
 def configurations() -> list[Configuration]:
     """Every Triton specialisation that this op launches."""
-    return list(shared.configurations(erf=True))
+    return list(shared_configurations(erf=True))

@@ -8,14 +8,16 @@ from .. import _pointwise_norm_triton as shared
 from .._triton import Configuration
 
 
-def forward(x: torch.Tensor, alpha: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return shared.forward(x, alpha, None, weight, bias)
+def forward(
+    x: torch.Tensor, residual: torch.Tensor | None, alpha: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return shared.forward(x, residual, alpha, None, weight, bias)
 
 
 def backward(
-    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, weight: torch.Tensor
+    grad: torch.Tensor, grad_sum: torch.Tensor | None, x: torch.Tensor, alpha: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return shared.backward(grad, x, alpha, None, weight)
+    return shared.backward(grad, grad_sum, x, alpha, None, weight)
 
 
 def configurations() -> list[Configuration]:

@@ -8,19 +8,22 @@ from .._testing import Case, Inputs
 
 
 def _case(
-    name: str, *shape: int, transposed: bool = False, residual: bool = False, offset: float = 0.5, bench: bool = False
+    name: str,
+    *shape: int,
+    transposed: bool = False,
+    residual: bool = False,
+    offset: float = 0.5,
+    bench: bool = False,
 ) -> Case:
     rows, D = int(torch.Size(shape[:-1]).numel()), shape[-1]
 
     def make(g: torch.Generator) -> Inputs:
         def draw() -> torch.Tensor:
-            return 2 * torch.randn(*shape, generator=g, dtype=torch.float64) + offset
+            x = 2 * torch.randn(*shape, generator=g, dtype=torch.float64) + offset
+            return x.transpose(0, 1).contiguous().transpose(0, 1) if transposed else x  # the same through other strides
 
-        x = draw()
-        if transposed:  # the same values read through other strides
-            x = x.transpose(0, 1).contiguous().transpose(0, 1)
         return {
-            "x": x,
+            "x": draw(),
             "weight": 1 + 0.3 * torch.randn(D, generator=g, dtype=torch.float64),
             "bias": 0.3 * torch.randn(D, generator=g, dtype=torch.float64),
         } | ({"residual": draw()} if residual else {})
@@ -43,7 +46,17 @@ CASES = [
     _case("rows1-D63", 1, 63),
     _case("B3-T7-D113", 3, 7, 113),
     _case("residual-T63-D64", 63, 64, residual=True),
+    _case("residual-T70-D63", 70, 63, residual=True),
     _case("strided-B4-T5-D40", 4, 5, 40, transposed=True),
+    _case("residual-strided-B4-T5-D40", 4, 5, 40, transposed=True, residual=True),
+    _case("T130-D192", 130, 192),
     _case("T512-D384", 512, 384),
+    # by the widths of Triton's tiles, and D divisible by 16 or not
+    *(
+        _case(f"{'residual-' if residual else ''}T3-D{D}", 3, D, residual=residual)
+        for D in (768, 1000, 1100, 2048, 8200, 8208)
+        for residual in (False, True)
+    ),
     _case("standard-T4096-D768", 4096, 768, bench=True),
+    _case("standard-residual-T4096-D768", 4096, 768, residual=True, bench=True),
 ]
