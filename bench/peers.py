@@ -17,9 +17,9 @@ from ultra_kernels import PackedTernary, selective_scan, unpack_ternary
 
 
 def torch_layer_norm(x, weight, bias, eps=1e-5, residual=None):
-    if residual is not None:
-        raise NotImplementedError("F.layer_norm takes no residual")
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    s = x if residual is None else x + residual
+    y = F.layer_norm(s, s.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y if residual is None else (y, s)
 
 
 def torch_conv1d(x, weight, bias=None, activation=None, direction="forward", cu_seqlens=None):

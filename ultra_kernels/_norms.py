@@ -14,7 +14,8 @@ def matching(op: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 def new_outputs(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for y and for the sum x + residual, which is empty without a residual."""
-    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(0) if residual is None else torch.empty_like(y)
 
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

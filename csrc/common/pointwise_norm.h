@@ -11,19 +11,16 @@ namespace ULTRA_ISA {
 template <typename F, typename T>
 static void pointwise_norm_rows(const T* x, const T* residual, float alpha, float shift, const float* weight,
                                 const float* bias, T* y, T* s, int64_t rows, int64_t D, int threads) {
-    parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t task) {
-        int64_t end = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
-        for (int64_t row = task * kRowsPerTask; row < end; ++row) {
-            const T* in = x + row * D;
-            T* out = y + row * D;
-            if (residual) {
-                add_row(in, residual + row * D, s + row * D, D);
-                in = s + row * D;
-            }
-            for (int64_t d = 0; d < D; d += kLanes) {
-                vf t = F::value(alpha * load_upto(in + d, D - d) + shift);
-                store_upto(out + d, load_upto(weight + d, D - d) * t + load_upto(bias + d, D - d), D - d);
-            }
+    for_rows(rows, threads, [&](int64_t row) {
+        const T* in = x + row * D;
+        T* out = y + row * D;
+        if (residual) {
+            add_row(in, residual + row * D, s + row * D, D);
+            in = s + row * D;
+        }
+        for (int64_t d = 0; d < D; d += kLanes) {
+            vf t = F::value(alpha * load_upto(in + d, D - d) + shift);
+            store_upto(out + d, load_upto(weight + d, D - d) * t + load_upto(bias + d, D - d), D - d);
         }
     });
 }

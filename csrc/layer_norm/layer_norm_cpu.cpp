@@ -59,13 +59,10 @@ static inline void forward_row(const T* x, const float* weight, const float* bia
 template <typename T>
 static void forward(const T* x, const T* residual, const float* weight, const float* bias, T* y, T* s, float* stats,
                     int64_t rows, int64_t D, float eps, int threads) {
-    parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t task) {
-        const int64_t end = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
-        for (int64_t row = task * kRowsPerTask; row < end; ++row) {
-            const int64_t at = row * D;
-            if (residual) add_row(x + at, residual + at, s + at, D);
-            forward_row((residual ? s : x) + at, weight, bias, y + at, stats + 3 * row, D, eps);
-        }
+    for_rows(rows, threads, [&](int64_t row) {
+        const int64_t at = row * D;
+        if (residual) add_row(x + at, residual + at, s + at, D);
+        forward_row((residual ? s : x) + at, weight, bias, y + at, stats + 3 * row, D, eps);
     });
 }
 

@@ -27,6 +27,13 @@ def backend(name: str, op: str) -> str:
 INTERPRETED = (
     "TRITON_INTERPRET=1 tests/ops/test_all_ops.py tests/ops/test_pointwise_norm_triton.py -k 'triton and (dyt or derf)'"
 )
+INTERPRETED_LAYER_NORM = (
+    "TRITON_INTERPRET=1 tests/ops/test_layer_norm.py tests/ops/test_all_ops.py -k 'triton and layer_norm and not gpu'"
+)
+LAYER_NORM = (
+    "tests/ops/test_layer_norm.py tests/ops/test_all_ops.py"
+    " -k 'layer_norm and not gpu and (native or residual or thread or instruction)'"
+)
 INTERPRETED_RETENTION = (
     "TRITON_INTERPRET=1 tests/ops/test_retention_triton.py tests/ops/test_all_ops.py -k 'triton and retention'"
 )
@@ -160,6 +167,35 @@ CPP = [
         ("1.1283791671f", "1.1283f"),
         ("exp(-(u * u))", "exp(-u * 0.999f * u)"),
     ),
+    *of(
+        "csrc/layer_norm/layer_norm_cpu.cpp",
+        LAYER_NORM,
+        ("row.shift = -rest * row.rstd", "row.shift = 0.0f"),
+        ("- rest * rest", "- rest"),
+        ("load_upto(x + d, n, row.mean)", "load_upto(x + d, n)"),
+        ("(chains[2] + chains[3])", "chains[2]"),
+        ("g - level - slope * v", "g - slope * v"),
+        ("g - level - slope * v", "g - level"),
+        ("second[chain] += gw * v", "second[chain] += gw"),
+        ("+ g * v, n);", "+ g, n);"),
+        ("(residual ? s : x)", "x"),
+        ("stats + 3 * row, D, eps", "stats + row, D, eps"),
+    ),
+    *of(
+        "csrc/common/norm_rows.h",
+        LAYER_NORM,
+        ("D - d) + load_upto(residual", "D - d) - load_upto(residual"),
+        ("return ds ? load_upto(ds + at, n) : splat(0.0f)", "return splat(0.0f)"),
+        ("dbias[d] += part[D + d]", "dbias[d] += part[d]"),
+        ("(rows + each - 1) / each", "rows / each"),
+    ),
+    *of(
+        "csrc/common/pointwise_norm.h",
+        backend("native", "dyt"),
+        ("alpha * slope + load_direct(ds, row * D + d, n)", "alpha * slope + load_direct(ds, d, n)"),
+        ("in = s + row * D", "in = residual + row * D"),
+    ),
+    *of("ultra_kernels/layer_norm/op.py", LAYER_NORM, ("dx if ctx.summed else None, dweight", "None, dweight")),
     *of(
         "csrc/causal_conv1d/causal_conv1d_cpu.cpp",
         backend("native", "causal_conv1d"),
@@ -499,6 +535,26 @@ TRITON = [
         ("dalpha += slope * v", "dalpha += slope"),
         ("tl.store(out + D, tl.sum(dbias", "tl.store(out + D, tl.sum(dweight"),
         ("(row < rows)[:, None]", "(row < rows - 1)[:, None]"),
+        ("change += tl.load(grad_sum", "change -= tl.load(grad_sum"),
+    ),
+    *of(
+        "ultra_kernels/_norms_triton.py",
+        INTERPRETED,
+        ("(v.to(tl.float32) + more", "(v.to(tl.float32) - more"),
+        ("tl.store(total + at, v, mask", "tl.store(total + at, more, mask"),
+        ("dshift += tl.load(part_scalars + entry * 2 + 1", "dshift += tl.load(part_scalars + entry * 2"),
+    ),
+    *of(
+        "ultra_kernels/layer_norm/triton_kernels.py",
+        INTERPRETED_LAYER_NORM,
+        ("return rstd, -rest * rstd", "return rstd, rest * rstd"),
+        ("- rest * rest", "- rest"),
+        ("tl.where(inside, v - mean[:, None], 0.0)", "v - mean[:, None]"),
+        ("tl.where(col < D, v - mean, 0.0)", "v - mean"),
+        ("g - level[:, None] - slope[:, None] * v", "g - slope[:, None] * v"),
+        ("g - level_mean - slope_mean * v", "g - level_mean"),
+        ("dweight += g * ((v - mean", "dweight += g + ((v - mean"),
+        ("        x = total\n", "        x = residual\n"),
     ),
     *of(
         "ultra_kernels/selective_scan/triton_kernels.py",
@@ -550,6 +606,8 @@ CUDA = [
         ("dw.v[i] += grad.v[i] * t", "dw.v[i] += grad.v[i] * u"),
         ("da += slope * in.v[i]", "da += slope"),
         ("w.v[i] * F::value(a * t.v[i] + s) + b.v[i]", "w.v[i] * F::value(a * t.v[i] + s) - b.v[i]"),
+        ("sum_of(widen(v[r]), widen(more[r]))", "widen(more[r])"),
+        ("if constexpr (kResidual) in = sum_of", "if constexpr (false) in = sum_of"),
     ),
     *of(
         "csrc/dyt/dyt_cuda.cu",

@@ -48,6 +48,9 @@ def test_residual_is_added_first_and_returned(backend: str) -> None:
     assert torch.equal(y, dyt(x + residual, *rest, backend=backend))
     (y.sum() + (2 * total).sum()).backward()
     assert torch.equal(x.grad, residual.grad)
+    of_y, of_sum = (dyt(x, *rest, residual=residual, backend=backend)[i].sum() for i in (0, 1))
+    torch.testing.assert_close(x.grad, torch.autograd.grad(of_y, x)[0] + 2)
+    assert torch.equal(torch.autograd.grad(of_sum, residual)[0], torch.ones_like(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
