@@ -45,11 +45,11 @@ def _listed(order, m, end, divisor):
 
 @triton.jit
 def _multiply(
-    acc, x_rows, m_ok, weight, n, N, K,
+    acc, x_rows, m_ok, weight, n, n_ok, N, K,
     TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + x wᵀ for the columns n of w `[N, K]`, or x w for those of w `[K, N]` (TRANSPOSED)."""
-    n_ok, j = n < N, tl.arange(0, BLOCK_K)
+    """acc + x wᵀ for rows n of w `[N, K]`, or acc + x w for columns n of w `[K, N]` (TRANSPOSED)."""
+    j = tl.arange(0, BLOCK_K)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + j
         k_ok = k < K
@@ -89,7 +89,7 @@ def product_kernel(
     m_ok = m < end
     x_rows = x + _listed(order, m, end, gather).to(tl.int64) * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _multiply(acc, x_rows, m_ok, weight + e * N * K, n, N, K, TRANSPOSED, BLOCK_K)
+    acc = _multiply(acc, x_rows, m_ok, weight + e * N * K, n, n < N, N, K, TRANSPOSED, BLOCK_K)
     acc += tl.load(bias + e * N + n, mask=n < num_bias, other=0.0)[None, :]
     to = _listed(order, m, end, scatter)
     acc *= tl.load(gates + to, mask=m < tl.where(weighted != 0, end, 0), other=1.0)[:, None]
@@ -178,18 +178,18 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": FUSION}
 
 
-# Rows per group up to which a height serves -> the tile; the last serves more. Not timed on a GPU yet. None spills with
-# Triton 3.6 or 3.9. Float32 products run on the plain units, which hold their operands in registers.
+# Rows per group up to which a tile serves; the last serves more. Below some 250 rows per group an H100 reads weights
+# for longer than it multiplies them, so that heights between 16 and 64 would gain nothing. Not timed on a GPU yet. None
+# spills with Triton 3.6 or 3.9. Float32 products run on the plain units, which hold their operands in registers.
 HALF = {
     16: Tile(16, 128, 64, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    128: Tile(64, 128, 64, 4, 4),
+    128: Tile(64, 128, 64, 8, 3),
     256: Tile(128, 128, 64, 8, 3),
 }
-SINGLE = {16: Tile(16, 64, 32, 4, 2), 128: Tile(64, 64, 16, 8, 2)}
+SINGLE = {128: Tile(32, 64, 16, 8, 2)}
 ODD = Tile(32, 32, 32, 4, 2)  # loads of single elements, whose addresses fill the registers of a larger tile
 # Tiles of a weight's gradient by the side of their square: 132 of 128 × 128 are one per multiprocessor of an H100.
-GRAD_HALF = {64: Tile(64, 64, 64, 4, 4), 128: Tile(32, 128, 128, 8, 4)}
+GRAD_HALF = {64: Tile(64, 64, 64, 4, 4), 128: Tile(32, 128, 128, 8, 5)}
 GRAD_SINGLE = {64: Tile(16, 64, 64, 8, 2)}
 MANY_TILES = 132
 SPAN, ROWS, COLS, SUM_WARPS = 256, 16, 128, 4  # of column sums
@@ -226,6 +226,7 @@ def grouped_linear(
     gather: int = 0,
     scatter: bool = False,
     gates: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y `[S, N]` = x weight[e]ᵀ + bias[e]; x `[S, K]`, weight `[E, N, K]`, bias `[E, N]`, in x's dtype.
 
@@ -235,7 +236,7 @@ def grouped_linear(
     x, weight = x.contiguous(), weight.contiguous()
     (E, *shape), S = weight.shape, len(x if order is None else order)
     N, K = shape[::-1] if transposed else shape
-    y, unit = x.new_empty(S, N), unit_of(N, K)
+    y, unit = x.new_empty(S, N) if out is None else out, unit_of(N, K)
     none = x.new_empty(0, dtype=torch.float32)  # what is not used is an address of its type
     tile = tile_of(x.dtype, S, E, unit, HALF, SINGLE)
     if S and N:
@@ -302,10 +303,11 @@ def configuration(
     name: str, kernel: Any, dtype: str, float32: Sequence[str], unit: int, constexprs: dict[str, Any], num_warps: int,
     num_stages: int, archs: tuple[int, ...] = ARCHS,
 ) -> Configuration:  # fmt: skip
-    """`float32`: tensors that are not of `dtype`; ends and order are int64, other sizes int32."""
+    """`float32`: tensors that are not of `dtype`; ends and order are int64, sizes, which nothing looks at, int32."""
     constexprs = {"UNIT": unit, **constexprs}
+    sizes = [p.name for p in kernel.params if p.do_not_specialize]
     signature = {
-        a: "i32" if a in SIZES else "*i64" if a in ("ends", "order") else f"*{'fp32' if a in float32 else dtype}"
+        a: "i32" if a in sizes else "*i64" if a in ("ends", "order") else f"*{'fp32' if a in float32 else dtype}"
         for a in kernel.arg_names
         if a not in constexprs
     }
@@ -336,9 +338,10 @@ def tile_configurations(
 def row_configurations(
     name: str, kernel: Any, num_warps: int, float32: Sequence[str], **constexprs: Any
 ) -> Iterator[Configuration]:
-    """Every dtype of a kernel without products."""
+    """Every dtype of a kernel without products, which for one architecture is much as for another."""
     for dtype, unit in ((d, u) for d in ("fp32", "bf16", "fp16") for u in (16, 1)):
-        yield configuration(name, kernel, dtype, float32, unit, constexprs, num_warps, 1, archs_of(dtype, unit))
+        archs = ARCHS if dtype == "bf16" and unit == 16 else (90,)
+        yield configuration(name, kernel, dtype, float32, unit, constexprs, num_warps, 1, archs)
 
 
 def configurations() -> Iterator[Configuration]:

@@ -7,17 +7,33 @@ from typing import Literal
 import torch
 
 from .. import _native
-from .._dispatch import Op, define_differentiable, of_all
+from .._dispatch import Op, define_differentiable, of_all, triton_why_not
 from ..bitlinear.op import OP as BITLINEAR
 from ..bitlinear.op import matmul_dtype
 from . import reference
 from .reference import MoEStats, Routes
 
+MAX_EXPERTS = 256  # of the Triton kernels, whose router has a row of logits in registers
+
+
+def _triton_why_not(x: torch.Tensor, w_in: torch.Tensor | None = None, *tensors: torch.Tensor | None) -> str | None:
+    if (reason := triton_why_not(x)) is not None:
+        return reason
+    for t in (x, w_in, *tensors):
+        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the kernels take float32, bfloat16 and float16, not {t.dtype}; backend='reference' does"
+        if t is not None and t.device != x.device:
+            return f"x is on {x.device}, another tensor on {t.device}; move it there"
+    if w_in is not None and len(w_in) > MAX_EXPERTS:
+        return f"there are {len(w_in)} experts, above {MAX_EXPERTS}; backend='reference' takes them"
+    return None if w_in is None or w_in.numel() else "the experts' matrices are empty"
+
+
 OP = Op(
     "moe_ffn",
     __package__,
-    {"cuda": ("reference",), "cpu": ("native", "reference")},
-    {"native": of_all(_native.why_not)},
+    {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
+    {"triton": _triton_why_not, "native": of_all(_native.why_not)},
 )
 
 
@@ -86,7 +102,11 @@ def moe_ffn(
             x, router_logits, w_in, w_out, top_k, activation, gated, b_in, b_out, normalize_gates, select_bias,
             sub_norm, bitnet_scale if bitnet else None, dtype, chosen,
         )  # fmt: skip
-    routes, stats = reference.route(router_logits, top_k, normalize_gates, select_bias)
+    if chosen == "triton":
+        gates, _, order, inverse, ends, *of_router = _route(router_logits.float(), select_bias, top_k, normalize_gates)
+        routes, stats = Routes(gates, order, inverse, ends), MoEStats(*of_router)
+    else:
+        routes, stats = reference.route(router_logits, top_k, normalize_gates, select_bias)
     small = (t if t is None else t.float() for t in (b_in, b_out, sub_norm))
     y, _ = _experts(x.to(dtype), *routes, w_in.to(dtype), w_out.to(dtype), *small, activation, gated, chosen)
     return y, stats
@@ -165,4 +185,49 @@ _experts, _experts_backward = define_differentiable(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     gradients=_gradients,
+)
+
+
+def _route_op(logits, select_bias, top_k, normalize):  # type: ignore[no-untyped-def]
+    return OP.module("triton").route(logits, select_bias, top_k, normalize)
+
+
+def _route_fake(logits, select_bias, top_k, normalize):  # type: ignore[no-untyped-def]
+    T, E = logits.shape
+    return (
+        logits.new_empty(T, top_k),
+        logits.new_empty(T, top_k, dtype=torch.int32),
+        *(logits.new_empty(n, dtype=torch.int64) for n in (T * top_k, T * top_k, E, E)),
+        logits.new_empty(E),
+        logits.new_empty(()),
+    )
+
+
+def _route_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logits, _, _, ctx.normalize = inputs
+    ctx.mark_non_differentiable(*output[1:6])
+    ctx.save_for_backward(logits, output[1])
+
+
+def _route_gradients(ctx, dgates, *grads):  # type: ignore[no-untyped-def]
+    return _route_backward(dgates, *grads[-2:], *ctx.saved_tensors, ctx.normalize), None, None, None
+
+
+def _route_backward_op(dgates, dmean_prob, dz, logits, chosen, normalize):  # type: ignore[no-untyped-def]
+    return OP.module("triton").route_backward(dgates, dmean_prob, dz, logits, chosen, normalize)
+
+
+# `reference.route` of float32 logits in kernels of the Triton backend.
+_route, _route_backward = define_differentiable(
+    # gates, chosen int32 [T, k], order, inverse, ends, counts, mean_prob, z
+    "moe_route(Tensor logits, Tensor? select_bias, int top_k, bool normalize) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "moe_route_backward(Tensor dgates, Tensor dmean_prob, Tensor dz, Tensor logits, Tensor chosen, bool normalize) -> "
+    "Tensor",
+    forward=_route_op,
+    forward_fake=_route_fake,
+    backward=_route_backward_op,
+    backward_fake=lambda dgates, dmean_prob, dz, logits, chosen, normalize: logits.new_empty(logits.shape),
+    setup_context=_route_setup,
+    gradients=_route_gradients,
 )
