@@ -18,24 +18,19 @@ constexpr int64_t kWeightRows = 192, kWeightColumns = 4 * kColumns;
 
 // Scratch memory of a thread.
 struct Tiles {
-    float *out, *right, *left, *by_row;
+    float *out, *right, *left;
 
     explicit Tiles(float* scratch) {
         float* at = scratch + thread_index() * floats();
         out = at, at += kWeightRows * kWeightColumns;
         right = at, at += kInner * kColumns;
-        left = at, at += kInner * kWeightRows;
-        by_row = at;
+        left = at;
     }
     static int64_t floats() {
         static_assert(kInputRows * kInputColumns <= kWeightRows * kWeightColumns, "`out` holds either block");
-        return kWeightRows * kWeightColumns + kInner * kColumns + kInner * kWeightRows + kInputRows;
+        return kWeightRows * kWeightColumns + kInner * kColumns + kInner * kWeightRows;
     }
 };
-
-void store_block(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t row) {
-    for (int64_t i = 0; i < rows; ++i) memcpy(to + i * row, from + i * from_row, columns * sizeof(float));
-}
 
 typedef int8_t vb __attribute__((vector_size(kLanes)));
 static inline vf widen(const int8_t* p) {
@@ -70,20 +65,21 @@ void unpack(const TernaryMatrix& w, int64_t first, int64_t rows, int64_t begin, 
 
 template <typename Word>
 void dx_block(const OutputGradient& dy, int64_t m, int64_t rows, const TernaryMatrix& w, int64_t k, const Tiles& tiles,
-              float* dx) {
-    const int64_t columns = at_most(w.K - k, kColumns);
+              float gamma, float* dx) {
+    const int64_t columns = at_most(w.K - k, kColumns), step = inner_step<Word>(w.N);
     auto* weights = (int8_t*)tiles.left;  // not used otherwise: dy is read in place
-    constexpr int64_t kStep = kInner * kNumbers<Word>;
-    for (int64_t n = 0; n < w.N; n += kStep) {
-        const int64_t inner = at_most(w.N - n, kStep);
+    const auto put = [=](int64_t i, int64_t c, vf x) {
+        store_up_to(dx + (m + i) * w.K + k + c, x * gamma, columns - c);
+    };
+    for (int64_t n = 0; n < w.N; n += step) {
+        const int64_t inner = at_most(w.N - n, step);
         unpack(w, n, inner, k, columns, weights);
         fill_words(inner, padded(columns), (Word*)tiles.right, kColumns,
                    [&](int64_t i, int64_t c) { return widen(weights + i * kColumns + c); });
         const Word* left = (const Word*)dy.data + (m * dy.row + n) / kNumbers<Word>;
         multiply(rows, columns, words<Word>(inner), Factor<Word>{left, dy.row / kNumbers<Word>, 1}, (Word*)tiles.right,
-                 kColumns, Product<float>{tiles.out, kColumns, n > 0, tiles.by_row});
+                 kColumns, part_of_sum(n == 0, n + inner == w.N, tiles.out, kColumns, put));
     }
-    store_block(tiles.out, kColumns, rows, columns, dx + m * w.K + k, w.K);
 }
 
 static inline vf widen_up_to(const int8_t* p, int64_t n) {
@@ -96,23 +92,28 @@ static inline vf widen_up_to(const int8_t* p, int64_t n) {
 template <typename Word, typename T>
 void dweight_block(const T* dy, int64_t dy_row, int64_t n, int64_t rows, const Int8Rows& x, int64_t k, int64_t K,
                    const Tiles& tiles, float* dweight) {
-    const int64_t columns = at_most(K - k, kWeightColumns), wide = padded(rows);
-    constexpr int64_t kStep = kInner * kNumbers<Word>;
-    for (int64_t m = 0; m < x.M; m += kStep) {
-        const int64_t inner = at_most(x.M - m, kStep);
-        fill_words(inner, wide, (Word*)tiles.left, wide, [&](int64_t i, int64_t c) {
-            return load_up_to(dy + (m + i) * dy_row + n + c, rows - c) * x.step[m + i];
-        });
-        for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
-            const int64_t some = at_most(columns - c0, kColumns);
-            fill_words(inner, padded(some), (Word*)tiles.right, kColumns, [&](int64_t i, int64_t c) {
-                return widen_up_to(x.codes + (m + i) * K + k + c0 + c, some - c);
+    const int64_t columns = at_most(K - k, kWeightColumns), step = inner_step<Word>(x.M);
+    auto *panels = (Word*)tiles.left, *right = (Word*)tiles.right;
+    for (int64_t m = 0; m < x.M; m += step) {
+        const int64_t some = at_most(x.M - m, step), inner = words<Word>(some);
+        for (int64_t r = 0; r < rows; r += kPanel)
+            fill_words(some, padded(at_most(rows - r, kPanel)), panels + r * inner, kPanel, [&](int64_t i, int64_t c) {
+                return load_up_to(dy + (m + i) * dy_row + n + r + c, rows - r - c) * x.step[m + i];
             });
-            multiply(rows, some, words<Word>(inner), Factor<Word>{(Word*)tiles.left, 1, wide}, (Word*)tiles.right,
-                     kColumns, Product<float>{tiles.out + c0, kWeightColumns, m > 0});
+        for (int64_t j = 0; j < columns; j += kColumns) {
+            const int64_t few = at_most(columns - j, kColumns);
+            fill_words(some, padded(few), right, kColumns, [&](int64_t i, int64_t c) {
+                return widen_up_to(x.codes + (m + i) * K + k + j + c, few - c);
+            });
+            for (int64_t r = 0; r < rows; r += kPanel) {
+                float* corner = dweight + (n + r) * K + k + j;
+                const auto put = [=](int64_t i, int64_t c, vf sum) { store_up_to(corner + i * K + c, sum, few - c); };
+                multiply(at_most(rows - r, kPanel), few, inner, Factor<Word>{panels + r * inner, 1, kPanel}, right,
+                         kColumns, part_of_sum(m == 0, m + some == x.M, tiles.out + r * kWeightColumns + j,
+                                               kWeightColumns, put));
+            }
         }
     }
-    store_block(tiles.out, kWeightColumns, rows, columns, dweight + n * K + k, K);
 }
 
 // body(row, rows, column, tiles) for every block of an output.
@@ -172,9 +173,8 @@ int64_t bitlinear_scratch(int threads) { return threads * Tiles::floats(); }
 void bitlinear_dx(const OutputGradient& dy, int64_t M, const TernaryMatrix& w, const float* gamma, float* dx,
                   float* scratch, int threads) {
     const auto block = [&](int64_t m, int64_t rows, int64_t k, const Tiles& tiles) {
-        for (int64_t i = 0; i < rows; ++i) tiles.by_row[i] = *gamma;
-        if (dy.pairs) dx_block<Pair>(dy, m, rows, w, k, tiles, dx);
-        else dx_block<float>(dy, m, rows, w, k, tiles, dx);
+        if (dy.pairs) dx_block<Pair>(dy, m, rows, w, k, tiles, *gamma, dx);
+        else dx_block<float>(dy, m, rows, w, k, tiles, *gamma, dx);
     };
     for_each_block(M, kInputRows, w.K, kInputColumns, scratch, threads, block);
 }

@@ -6,22 +6,54 @@
 namespace ultra {
 namespace ULTRA_ISA {
 
-constexpr int64_t kColumns = 64, kInner = 128;  // words of a tile of the right factor: 32 KB
+// Words of a tile of the right factor: 128 KB, which the second cache delivers as fast as products need it. With long
+// sums what becomes of them costs little.
+constexpr int64_t kColumns = 64, kInner = 512;
 
 static inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 static inline int64_t blocks(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
+// As many numbers of n at a time as fit into tiles of kInner words; even parts, since a short one would cost as many
+// loads and stores of sums as a long one.
+template <typename Word> static inline int64_t inner_step(int64_t n) {
+    const int64_t parts = blocks(n, kInner * kNumbers<Word>);
+    return parts > 1 ? (blocks(n, parts) + 31) / 32 * 32 : n;
+}
+
+// Columns of a transposed left tile that lie together: whole rows of it would share few lines of the first cache.
+constexpr int64_t kPanel = 8 * kProductRows;
+
+// Where a product goes that is a part of a longer sum: to `sums`, whose rows are `row` apart, and the whole sum to `put`.
+template <typename Put>
+static inline auto part_of_sum(bool first, bool last, float* sums, int64_t row, const Put& put) {
+    return [=](int64_t i, int64_t j, vf x) {
+        float* sum = sums + i * row + j;
+        if (!first) x += load(sum);
+        if (last) put(i, j, x);
+        else store(sum, x);
+    };
+}
 
 // The first n numbers, zeros after them.
 template <typename T> static inline vf load_up_to(const T* p, int64_t n) {
     return n < kLanes ? load_part(p, (int)n) : load(p);
 }
 
-// Pairs (a[i], b[i]) of the first n numbers, zeros after them and for a b that is not there.
+template <typename T> static inline void store_up_to(T* p, vf x, int64_t n) {
+    if (n < kLanes) store_part(p, x, (int)n);
+    else store(p, x);
+}
+
+// Pairs (a[i], b[i]) of the first n <= 2 kLanes numbers, zeros after them and for a b that is not there.
 template <typename T> static inline void store_bits(Pair* to, const T* a, const T* b, int64_t n) {
 #if defined(__AVX512BF16__)
-    const __mmask16 some = (__mmask16)((1u << n) - 1);
-    const auto half = [&](const T* p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(p ? some : 0, p)); };
-    _mm512_storeu_si512(to, _mm512_or_si512(half(a), _mm512_slli_epi32(half(b), 16)));
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __mmask32 some = n < 2 * kLanes ? (1u << n) - 1 : ~0u;
+    const __m512i x = _mm512_maskz_loadu_epi16(some, a), y = _mm512_maskz_loadu_epi16(b ? some : 0, b);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, low, y));
+    if (n > kLanes)
+        _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(x, _mm512_add_epi16(low, _mm512_set1_epi16(16)), y));
 #else
     __builtin_trap();
 #endif
@@ -51,8 +83,8 @@ template <typename T>
 static inline void fill_rows(int64_t rows, int64_t columns, const T* from, int64_t from_row, Pair* to,
                              int64_t to_row) {
     for (int64_t i = 0; i < rows; i += 2, from += 2 * from_row, to += to_row)
-        for (int64_t c = 0; c < columns; c += kLanes)
-            store_bits(to + c, from + c, i + 1 < rows ? from + from_row + c : nullptr, at_most(columns - c, kLanes));
+        for (int64_t c = 0; c < columns; c += 2 * kLanes)
+            store_bits(to + c, from + c, i + 1 < rows ? from + from_row + c : nullptr, columns - c);
 }
 
 // Asks for rows of a matrix that are needed after the next product.

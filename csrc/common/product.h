@@ -22,6 +22,9 @@ template <> constexpr int kNumbers<Pair> = 2;
 // The words that n numbers take along the axis which is summed over.
 template <typename Word> constexpr int64_t words(int64_t n) { return (n + kNumbers<Word> - 1) / kNumbers<Word>; }
 
+static inline float to_float(Rounded x) { return to_float(BF16{x.bits}); }
+static inline void store_scalar(Rounded* p, float x) { store_scalar((BF16*)p, x); }
+
 static inline float* numbers(float* words) { return words; }
 static inline Rounded* numbers(Pair* words) { return (Rounded*)words; }
 
@@ -56,22 +59,29 @@ template <typename Word> struct Factor {
 };
 
 // Where the product goes: element (i, j) is multiplied by by_row[i] and by_distance[j - i] where there are such, then
-// added to data[i * row + j] or stored there.
+// added to data[i * row + j] or stored there. Anything that is called with (i, j, vector of elements) can stand for it.
 template <typename T = float> struct Product {
     T* data;
     int64_t row;
     bool add = false;
     const float* by_row = nullptr;
     const float* by_distance = nullptr;
+
+    void operator()(int64_t i, int64_t j, vf x) const {
+        if (by_distance) x *= load(by_distance + j - i);
+        if (by_row) x *= by_row[i];
+        T* at = data + i * row + j;
+        store(at, add ? load(at) + x : x);
+    }
 };
 
 template <typename T> static inline Product<T> product(T* data, int64_t row, const float* by_distance) {
     return {data, row, false, nullptr, by_distance};
 }
 
-template <int rows, int vectors, typename Word, typename T>
-static inline void multiply_tile(int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row,
-                                 const Product<T>& to, int64_t i, int64_t j) {
+template <int rows, int vectors, typename Word, typename To>
+static inline void multiply_tile(int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row, const To& to,
+                                 int64_t i, int64_t j) {
     vf sum[rows][vectors];
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) sum[r][v] = splat(0.0f);
@@ -83,20 +93,19 @@ static inline void multiply_tile(int64_t inner, const Factor<Word>& a, const Wor
         for (int r = 0; r < rows; ++r)
             for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(left[r * a.row], x[v], sum[r][v]);
     }
-    for (int r = 0; r < rows; ++r) {
-        for (int v = 0; v < vectors; ++v) {
-            vf x = sum[r][v];
-            if (to.by_distance) x *= load(to.by_distance + j + v * kLanes - (i + r));
-            if (to.by_row) x *= to.by_row[i + r];
-            T* at = to.data + (i + r) * to.row + j + v * kLanes;
-            store(at, to.add ? load(at) + x : x);
-        }
-    }
+    // Through memory: whatever `to` does, the sums above stay in registers.
+    alignas(sizeof(vf)) float whole[rows * vectors * kLanes];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) store(whole + (r * vectors + v) * kLanes, sum[r][v]);
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < vectors; ++v) to(i + r, j + v * kLanes, load(whole + (r * vectors + v) * kLanes));
 }
 
-template <int vectors, typename Word, typename T>
+template <int vectors, typename Word, typename To>
 static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row,
-                                    const Product<T>& to, int64_t j) {
+                                    const To& to, int64_t j) {
     int64_t i = 0;
     for (; i + kProductRows <= rows; i += kProductRows)
         multiply_tile<kProductRows, vectors>(inner, a, b, b_row, to, i, j);
@@ -110,9 +119,9 @@ static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Wo
 }
 
 // to [rows, columns] = a [rows, inner] b [inner, columns]; `inner` counts words, b's rows are b_row words apart.
-template <typename Word, typename T>
+template <typename Word, typename To>
 static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor<Word>& a, const Word* b,
-                            int64_t b_row, const Product<T>& to) {
+                            int64_t b_row, const To& to) {
     int64_t j = 0;
     for (; j + kProductVectors * kLanes <= padded(columns); j += kProductVectors * kLanes)
         multiply_columns<kProductVectors>(rows, inner, a, b, b_row, to, j);

@@ -76,11 +76,6 @@ struct Tiles {
     }
 };
 
-template <typename T> void store_up_to(T* p, vf x, int64_t n) {
-    if (n < kLanes) store_part(p, x, (int)n);
-    else store(p, x);
-}
-
 // The transpose of [rows, inner] as a right factor: the words of a row go down a column.
 template <typename Word, typename T>
 void fill_turned(int64_t rows, int64_t inner, const T* from, int64_t from_row, Word* to, Word* spare) {
@@ -97,8 +92,8 @@ void fill_turned(int64_t rows, int64_t inner, const T* from, int64_t from_row, W
 template <bool turned, typename Word, typename T, typename To>
 void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in, const T* weights, const Axis& out,
                    const float* bias, To* to, float* scratch, int64_t F, int threads) {
-    constexpr int64_t step = kInner * kNumbers<Word>;
     const int64_t across = blocks(out.length, kColumns), weights_row = turned ? in.length : out.length;
+    const int64_t step = inner_step<Word>(in.length);
     parallel_for(of.count() * out.parts * across, threads, [&](int64_t i) {
         const auto block = of.block(i / (out.parts * across));
         const int64_t to_part = i / across % out.parts, j = i % across * kColumns;
@@ -107,29 +102,24 @@ void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in,
         auto* right = (Word*)tiles.right;
         const T* matrix = weights + block.expert * in.size() * out.size() +
                           (turned ? (to_part * out.length + j) * weights_row : j);
+        float add[kColumns] = {};
+        if (bias) memcpy(add, bias + block.expert * out.size() + to_part * out.length + j, columns * sizeof(float));
+        To* at = to + block.row * out.row() + to_part * moe_row(out.length) + j;
+        const auto put = [&, at](int64_t r, int64_t c, vf x) { store(at + r * out.row() + c, x + load(add + c)); };
         for (int64_t part = 0; part < in.parts; ++part) {
             for (int64_t k = 0; k < in.length; k += step) {
-                const int64_t inner = at_most(in.length - k, step), next = at_most(in.length - k - inner, step);
+                const int64_t inner = at_most(in.length - k, step);
                 const T* from = matrix + (turned ? k : (part * in.length + k) * weights_row);
-                if (turned) {
-                    fill_turned(columns, inner, from, weights_row, right, (Word*)tiles.left);
-                    prefetch(columns, next, from + inner, weights_row);
-                } else {
-                    fill_rows(inner, columns, from, weights_row, right, wide);
-                    prefetch(next, columns, from + inner * weights_row, weights_row);
-                }
+                if (turned) fill_turned(columns, inner, from, weights_row, right, (Word*)tiles.left);
+                else fill_rows(inner, columns, from, weights_row, right, wide);
                 const auto* rows = (const Word*)(left + block.row * in.row() + part * moe_row(in.length) + k);
                 multiply(block.rows, columns, words<Word>(inner), Factor<Word>{rows, in.row() / kNumbers<Word>, 1},
-                         right, wide, Product<float>{tiles.out, kColumns, part + k > 0});
+                         right, wide, part_of_sum(part + k == 0, part + 1 == in.parts && k + inner == in.length,
+                                                  tiles.out, kColumns, put));
             }
         }
-        To* at = to + block.row * out.row() + to_part * moe_row(out.length) + j;
-        const float* add = bias ? bias + block.expert * out.size() + to_part * out.length + j : nullptr;
-        for (int64_t c = 0; c < at_most(moe_row(out.length) - j, kColumns); c += kLanes) {
-            const vf b = add && c < columns ? load_up_to(add + c, columns - c) : splat(0.0f);
-            for (int64_t r = 0; r < block.rows; ++r)
-                store(at + r * out.row() + c, c < columns ? load(tiles.out + r * kColumns + c) + b : splat(0.0f));
-        }
+        for (int64_t c = wide; c < at_most(moe_row(out.length) - j, kColumns); c += kLanes)
+            for (int64_t r = 0; r < block.rows; ++r) store(at + r * out.row() + c, splat(0.0f));
     });
 }
 
@@ -137,34 +127,40 @@ void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in,
 template <typename Word, typename T>
 void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& rows, const Number<Word>* right,
                     const Axis& columns, T* to, float* scratch, int64_t F, int threads) {
-    constexpr int64_t step = kInner * kNumbers<Word>;
     const int64_t down = blocks(rows.length, kWeightRows), across = blocks(columns.length, kWeightColumns);
     parallel_for(of.experts * rows.parts * down * across, threads, [&](int64_t i) {
         const int64_t e = i / (rows.parts * down * across), part = i / (down * across) % rows.parts;
         const int64_t n = i / across % down * kWeightRows, k = i % across * kWeightColumns;
-        const int64_t some_rows = at_most(rows.length - n, kWeightRows), wide = padded(some_rows);
+        const int64_t some_rows = at_most(rows.length - n, kWeightRows);
         const int64_t some_columns = at_most(columns.length - k, kWeightColumns);
+        T* at = to + (e * rows.size() + part * rows.length + n) * columns.length + k;
+        if (!of.size(e)) {
+            for (int64_t r = 0; r < some_rows; ++r) memset(at + r * columns.length, 0, some_columns * sizeof(T));
+            return;
+        }
         const Tiles tiles(scratch, F);
-        // even steps: a short last one would read and write the whole output for little
-        const int64_t even = (blocks(of.size(e), blocks(of.size(e) + !of.size(e), step)) + 1) / 2 * 2;
-        for (int64_t s = 0; s < of.size(e); s += even) {
-            const int64_t slots = at_most(of.size(e) - s, even);
+        auto *panels = (Word*)tiles.left, *other = (Word*)tiles.right;
+        const int64_t step = inner_step<Word>(of.size(e));
+        for (int64_t s = 0; s < of.size(e); s += step) {
+            const int64_t slots = at_most(of.size(e) - s, step), inner = words<Word>(slots);
             const auto* from = left + (of.begin(e) + s) * rows.row() + part * moe_row(rows.length) + n;
-            const auto* other = right + (of.begin(e) + s) * columns.row() + k;
-            fill_rows(slots, wide, from, rows.row(), (Word*)tiles.left, wide);
+            for (int64_t r = 0; r < some_rows; r += kPanel)
+                fill_rows(slots, padded(at_most(some_rows - r, kPanel)), from + r, rows.row(), panels + r * inner, kPanel);
             for (int64_t j = 0; j < some_columns; j += kColumns) {
                 const int64_t few = at_most(some_columns - j, kColumns);
-                fill_rows(slots, padded(few), other + j, columns.row(), (Word*)tiles.right, kColumns);
-                prefetch(slots, at_most(some_columns - j - few, kColumns), other + j + few, columns.row());
-                multiply(some_rows, few, words<Word>(slots), Factor<Word>{(Word*)tiles.left, 1, wide},
-                         (Word*)tiles.right, kColumns, Product<float>{tiles.out + j, kWeightColumns, s > 0});
+                fill_rows(slots, padded(few), right + (of.begin(e) + s) * columns.row() + k + j, columns.row(), other,
+                          kColumns);
+                for (int64_t r = 0; r < some_rows; r += kPanel) {
+                    T* corner = at + r * columns.length + j;
+                    const auto put = [=](int64_t i, int64_t c, vf x) {
+                        store_up_to(corner + i * columns.length + c, x, few - c);
+                    };
+                    multiply(at_most(some_rows - r, kPanel), few, inner, Factor<Word>{panels + r * inner, 1, kPanel},
+                             other, kColumns, part_of_sum(s == 0, s + slots == of.size(e),
+                                                          tiles.out + r * kWeightColumns + j, kWeightColumns, put));
+                }
             }
         }
-        T* at = to + (e * rows.size() + part * rows.length + n) * columns.length + k;
-        for (int64_t r = 0; r < some_rows; ++r)
-            for (int64_t c = 0; c < some_columns; c += kLanes)
-                store_up_to(at + r * columns.length + c,
-                            of.size(e) ? load(tiles.out + r * kWeightColumns + c) : splat(0.0f), some_columns - c);
     });
 }
 
@@ -400,14 +396,14 @@ int64_t moe_backward_scratch(const MoEProblem& p, int threads) {
 void moe_forward(const MoEProblem& p, void* y, float* scratch, int threads) {
     if (p.dtype == kFloat32) forward<float>(p, (float*)y, scratch, threads);
     else if (p.dtype == kFloat16) forward<float>(p, (FP16*)y, scratch, threads);
-    else if constexpr (kPairs) forward<Pair>(p, (BF16*)y, scratch, threads);
+    else if constexpr (kPairs) forward<Pair>(p, (Rounded*)y, scratch, threads);
     else forward<float>(p, (BF16*)y, scratch, threads);
 }
 
 void moe_backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int threads) {
     if (p.dtype == kFloat32) backward<float, float>(p, g, scratch, threads);
     else if (p.dtype == kFloat16) backward<float, FP16>(p, g, scratch, threads);
-    else if constexpr (kPairs) backward<Pair, BF16>(p, g, scratch, threads);
+    else if constexpr (kPairs) backward<Pair, Rounded>(p, g, scratch, threads);
     else backward<float, BF16>(p, g, scratch, threads);
 }
 

@@ -56,7 +56,8 @@ def test_every_form_of_expert(isa: str, activation: str, dtype: torch.dtype) -> 
         check(draw(gated=gated, biases=biases, sub_norm=sub_norm, dtype=dtype, activation=activation))
 
 
-# Blocks of tokens are 512 rows, of columns 64, of a weight's gradient 192 × 256; sums take 128 words at a time.
+# Blocks of tokens are 512 rows, of columns 64, of a weight's gradient 192 × 256; sums take 512 words at a time, a word
+# being two numbers in bfloat16.
 @pytest.mark.parametrize(
     ("T", "D", "F"),
     [
@@ -68,6 +69,8 @@ def test_every_form_of_expert(isa: str, activation: str, dtype: torch.dtype) -> 
         (257, 64, 255),
         (511, 3, 5),
         (513, 48, 191),
+        (3, 2051, 1030),
+        (1100, 5, 49),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
