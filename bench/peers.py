@@ -130,6 +130,20 @@ def torch_softmax(q, k, v, *, scale=None, causal=False, cu_seqlens=None, **optio
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
+def liger_moe(
+    x, router_logits, w_in, w_out, *, top_k, activation, gated, normalize_gates=None, bitnet=False, **others
+):  # fmt: skip
+    """LigerFusedMoEFunction is given the choice and the gates, here by PyTorch; it has no statistics of the router."""
+    if activation != "silu" or not gated or bitnet or others:
+        raise NotImplementedError("LigerFusedMoEFunction: SwiGLU without biases or norm")
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    probs, chosen = router_logits.float().softmax(-1).topk(top_k)
+    if normalize_gates or (normalize_gates is None and top_k > 1):
+        probs = probs / probs.sum(-1, keepdim=True)
+    return LigerFusedMoEFunction.apply(x, w_in, w_out, chosen.int(), probs)
+
+
 def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_loss=0.0, reduction="mean"):
     if z_loss:
         raise NotImplementedError("F.cross_entropy has no z loss")
@@ -203,6 +217,7 @@ PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
     "hope_attention": {"torch-softmax": torch_softmax},
     "layer_norm": {"torch": torch_layer_norm},
     "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
+    "moe_ffn": {"liger-kernel": liger_moe},
     "retention": {"flash-linear-attention": fla_retention, "torch-eager": eager_retention},
     "selective_scan": {"loop": loop_selective_scan, "mamba-ssm": mamba_selective_scan},
     "sigmoid_attention": {"torch-softmax": torch_softmax},

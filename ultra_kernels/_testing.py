@@ -93,10 +93,10 @@ def widened(inputs: Inputs) -> Inputs:
     return out
 
 
-def _flat(result: Any) -> list[torch.Tensor]:
+def flat(result: Any) -> list[torch.Tensor]:
     """The tensors of nested tuples, in order."""
     if isinstance(result, tuple):
-        return [t for part in result for t in _flat(part)]
+        return [t for part in result for t in flat(part)]
     return [result] if isinstance(result, torch.Tensor) else []
 
 
@@ -107,7 +107,7 @@ def run(
 
     The cotangents are seeded and rounded to `dtype`, the dtype under test, so that two backends get the same numbers.
     """
-    outputs = _flat(function(**inputs, backend=backend))
+    outputs = flat(function(**inputs, backend=backend))
     named = {f"out{i}": o for i, o in enumerate(outputs)}
     leaves = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
     differentiable = [o for o in outputs if o.requires_grad]

@@ -60,6 +60,7 @@ def _case(
     one_expert: bool = False,
     strided: bool = False,
     bench: bool = False,
+    large: bool = False,
 ) -> Case:
     rows_in = 2 * F if gated else F
 
@@ -110,6 +111,7 @@ def _case(
         elements=2 * T * D + T * E + E * (rows_in + F) * D,
         flops=2 * T * k * D * (rows_in + F),
         bench=bench,
+        large=large,
         # Hidden activations in half precision fall on other sides of ties; tests/ops/test_moe_ffn.py has those.
         dtypes=(torch.float32,) if bitnet else (torch.float32, torch.bfloat16, torch.float16),
     )
@@ -127,7 +129,20 @@ CASES = [
     _case("T31-strided", 31, 12, 16, 4, 2, strided=True),
     _case("T31-bitnet", 31, 24, 32, 4, 2, bitnet=True),
     _case("T31-bitnet-gated-subnorm", 31, 24, 16, 3, 1, bitnet=True, gated=True, sub_norm=True, biases=True),
+    # the Triton kernels' tiles: sizes in multiples of 16, rows per expert up to 16, 128 and more, many experts
+    _case("T24-D32-F48-E4-k2", 24, 32, 48, 4, 2, biases=True),
+    _case("T24-D16-F16-E3-k2-gated-subnorm", 24, 16, 16, 3, 2, gated=True, biases=True, sub_norm=True),
+    _case("T40-D16-F17-E3-k1-subnorm", 40, 16, 17, 3, 1, activation="gelu", sub_norm=True),
+    _case("T100-D16-F32-E4-k2-gated", 100, 16, 32, 4, 2, activation="gelu", gated=True),
+    _case("T100-D32-F16-E4-k2", 100, 32, 16, 4, 2, activation="relu"),
+    _case("T300-D16-F16-E2-k1", 300, 16, 16, 2, 1, activation="relu2"),
+    _case("T300-D16-F32-E2-k1-gated", 300, 16, 32, 2, 1, gated=True),
+    _case("T50-E40-k8", 50, 5, 3, 40, 8, biases=True),
     _case("mini-T2048-D384-F768-E4-k2", 2048, 384, 768, 4, 2, bench=True),
     _case("T1024-D768-F768-E8-k2", 1024, 768, 768, 8, 2, bench=True),
     _case("frankenstein-T512-D1024-F2048-E4-k2", 512, 1024, 2048, 4, 2, bench=True),
+    # an encoder's, a sparser one's, and that of Liger-Kernel's own table
+    _case("T16384-D768-F1152-E8-k2-gated", 16384, 768, 1152, 8, 2, gated=True, bench=True, large=True),
+    _case("T16384-D768-F512-E64-k4-gated", 16384, 768, 512, 64, 4, gated=True, bench=True, large=True),
+    _case("T8192-D2048-F768-E128-k8-gated", 8192, 2048, 768, 128, 8, gated=True, bench=True, large=True),
 ]
