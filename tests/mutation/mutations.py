@@ -452,7 +452,6 @@ TRITON = [
         ("weight + e * N * K + n", "weight + n"),
         ("gamma + e, bias", "gamma, bias"),
         ("bias + e * N, y", "bias, y"),
-        ("m_ok, n_ok = m < end, n < N", "m_ok, n_ok = m < M, n < N"),
         ("ascending[:, (count - 1) // 2 :]", "ascending[:, count // 2 :]"),
         ("M // scale.numel()", "M"),
         (

@@ -86,7 +86,9 @@ def test_groups_are_bitlinears_of_their_own(backend: str, given: str, counts: li
         y, want = (function(leaves, ends, scale, backend) for function in (together, one_by_one))
         assert torch.equal(y, want) and y.dtype == torch.float32
         exact = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-        expected = gradients(exact, one_by_one(exact, ends, scale, "reference"))
+        exact_y = one_by_one(exact, ends, scale, "reference")
+        torch.testing.assert_close(y.double(), exact_y, rtol=1e-5, atol=1e-5)
+        expected = gradients(exact, exact_y)
         for name, got in gradients(leaves, y).items():
             largest = float(expected[name].abs().max()) if expected[name].numel() else 0.0
             limit = 8 * 2**-23 * max(N, K, sum(counts)) ** 0.5 * largest

@@ -57,6 +57,7 @@ def test_groups_are_products_of_their_own(backend: str, counts: list[int]) -> No
             arguments, packed = problem(counts, N, K, dtype, bias)
             got = grouped_ternary_linear(*arguments, backend)
             assert got.dtype == dtype and torch.equal(got, one_by_one(arguments, packed, backend)), (N, K, dtype)
+            torch.testing.assert_close(got, one_by_one(arguments, packed, "reference"))
 
 
 @pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
