@@ -43,7 +43,7 @@ def _far_from_ties(inputs: Inputs, rows: torch.Tensor) -> torch.Tensor:
     return safe
 
 
-def _case(
+def case(
     name: str,
     T: int,
     D: int,
@@ -118,31 +118,31 @@ def _case(
 
 
 CASES = [
-    _case("T1-D2-F3-E1-k1", 1, 2, 3, 1, 1),
-    _case("T0-E4-k2", 0, 8, 12, 4, 2, biases=True),
-    _case("T63-D16-F24-E4-k2", 63, 16, 24, 4, 2),
-    _case("T63-E4-k1-gelu-biases", 63, 17, 13, 4, 1, activation="gelu", biases=True),
-    _case("T113-E7-k3-gated", 113, 20, 9, 7, 3, gated=True, biases=True),
-    _case("T33-E5-k5-relu2-subnorm", 33, 12, 16, 5, 5, activation="relu2", sub_norm=True),
-    _case("T33-E6-k2-selectbias-raw", 33, 12, 16, 6, 2, activation="relu", select_bias=True, normalize_gates=False),
-    _case("T33-all-to-one", 33, 12, 16, 4, 1, one_expert=True, biases=True),
-    _case("T31-strided", 31, 12, 16, 4, 2, strided=True),
-    _case("T31-bitnet", 31, 24, 32, 4, 2, bitnet=True),
-    _case("T31-bitnet-gated-subnorm", 31, 24, 16, 3, 1, bitnet=True, gated=True, sub_norm=True, biases=True),
+    case("T1-D2-F3-E1-k1", 1, 2, 3, 1, 1),
+    case("T0-E4-k2", 0, 8, 12, 4, 2, biases=True),
+    case("T63-D16-F24-E4-k2", 63, 16, 24, 4, 2),
+    case("T63-E4-k1-gelu-biases", 63, 17, 13, 4, 1, activation="gelu", biases=True),
+    case("T113-E7-k3-gated", 113, 20, 9, 7, 3, gated=True, biases=True),
+    case("T33-E5-k5-relu2-subnorm", 33, 12, 16, 5, 5, activation="relu2", sub_norm=True),
+    case("T33-E6-k2-selectbias-raw", 33, 12, 16, 6, 2, activation="relu", select_bias=True, normalize_gates=False),
+    case("T33-all-to-one", 33, 12, 16, 4, 1, one_expert=True, biases=True),
+    case("T31-strided", 31, 12, 16, 4, 2, strided=True),
+    case("T31-bitnet", 31, 24, 32, 4, 2, bitnet=True),
+    case("T31-bitnet-gated-subnorm", 31, 24, 16, 3, 1, bitnet=True, gated=True, sub_norm=True, biases=True),
     # the Triton kernels' tiles: sizes in multiples of 16, rows per expert up to 16, 128 and more, many experts
-    _case("T24-D32-F48-E4-k2", 24, 32, 48, 4, 2, biases=True),
-    _case("T24-D16-F16-E3-k2-gated-subnorm", 24, 16, 16, 3, 2, gated=True, biases=True, sub_norm=True),
-    _case("T40-D16-F17-E3-k1-subnorm", 40, 16, 17, 3, 1, activation="gelu", sub_norm=True),
-    _case("T100-D16-F32-E4-k2-gated", 100, 16, 32, 4, 2, activation="gelu", gated=True),
-    _case("T100-D32-F16-E4-k2", 100, 32, 16, 4, 2, activation="relu"),
-    _case("T300-D16-F16-E2-k1", 300, 16, 16, 2, 1, activation="relu2"),
-    _case("T300-D16-F32-E2-k1-gated", 300, 16, 32, 2, 1, gated=True),
-    _case("T50-E40-k8", 50, 5, 3, 40, 8, biases=True),
-    _case("mini-T2048-D384-F768-E4-k2", 2048, 384, 768, 4, 2, bench=True),
-    _case("T1024-D768-F768-E8-k2", 1024, 768, 768, 8, 2, bench=True),
-    _case("frankenstein-T512-D1024-F2048-E4-k2", 512, 1024, 2048, 4, 2, bench=True),
+    case("T24-D32-F48-E4-k2", 24, 32, 48, 4, 2, biases=True),
+    case("T24-D16-F16-E3-k2-gated-subnorm", 24, 16, 16, 3, 2, gated=True, biases=True, sub_norm=True),
+    case("T40-D16-F17-E3-k1-subnorm", 40, 16, 17, 3, 1, activation="gelu", sub_norm=True),
+    case("T100-D16-F32-E4-k2-gated", 100, 16, 32, 4, 2, activation="gelu", gated=True),
+    case("T100-D32-F16-E4-k2", 100, 32, 16, 4, 2, activation="relu"),
+    case("T300-D16-F16-E2-k1", 300, 16, 16, 2, 1, activation="relu2"),
+    case("T300-D16-F32-E2-k1-gated", 300, 16, 32, 2, 1, gated=True),
+    case("T50-E40-k8", 50, 5, 3, 40, 8, biases=True),
+    case("mini-T2048-D384-F768-E4-k2", 2048, 384, 768, 4, 2, bench=True),
+    case("T1024-D768-F768-E8-k2", 1024, 768, 768, 8, 2, bench=True),
+    case("frankenstein-T512-D1024-F2048-E4-k2", 512, 1024, 2048, 4, 2, bench=True),
     # an encoder's, a sparser one's, and that of Liger-Kernel's own table
-    _case("T16384-D768-F1152-E8-k2-gated", 16384, 768, 1152, 8, 2, gated=True, bench=True, large=True),
-    _case("T16384-D768-F512-E64-k4-gated", 16384, 768, 512, 64, 4, gated=True, bench=True, large=True),
-    _case("T8192-D2048-F768-E128-k8-gated", 8192, 2048, 768, 128, 8, gated=True, bench=True, large=True),
+    case("T16384-D768-F1152-E8-k2-gated", 16384, 768, 1152, 8, 2, gated=True, bench=True, large=True),
+    case("T16384-D768-F512-E64-k4-gated", 16384, 768, 512, 64, 4, gated=True, bench=True, large=True),
+    case("T8192-D2048-F768-E128-k8-gated", 8192, 2048, 768, 128, 8, gated=True, bench=True, large=True),
 ]
