@@ -8,6 +8,7 @@
 #include "dyt/dyt.h"
 #include "hope_attention/hope_attention.h"
 #include "layer_norm/layer_norm.h"
+#include "masked_linear_cross_entropy/masked_linear_cross_entropy.h"
 #include "moe_ffn/moe_ffn.h"
 #include "retention/retention.h"
 #include "rotary/rotary.h"
@@ -149,6 +150,20 @@ struct HopeProblem : ultra::HopeProblem {
                         fin(tables[4]), fin(tables[5]), fin(tables[6])};
         this->scale = scale, this->causal = causal, this->lse = fout(lse);
     }
+};
+
+struct CrossEntropy {
+    ultra::CrossEntropyProblem problem;
+    ultra::CrossEntropyGradients gradients;
+
+    // Sizes are (T, labelled rows, D, V); matrices (address, step of rows, dtype), gradients that are not wanted null.
+    CrossEntropy(std::array<int64_t, 4> sizes, bool pairs, const Ints& hidden, const Ints& weight, Address labels,
+                 Address labelled, Address bias, float z_loss, float scale, Address dhidden, int dhidden_dtype,
+                 Address dweight, int dweight_dtype, Address dbias)
+        : problem{sizes[0], sizes[1], sizes[2], sizes[3], pairs,
+                  in(hidden[0]), hidden[1], static_cast<int>(hidden[2]), in(weight[0]), weight[1],
+                  static_cast<int>(weight[2]), ptr<int64_t>(labels), ptr<int64_t>(labelled), fin(bias), z_loss, scale},
+          gradients{out(dhidden), dhidden_dtype, out(dweight), dweight_dtype, fout(dbias)} {}
 };
 
 struct MoEProblem : ultra::MoEProblem {
@@ -387,5 +402,16 @@ PYBIND11_MODULE(_C, m) {
         ultra::MoEGradients g{in(dy), dy_row, out(dx), fout(dgates), out(dw_in), out(dw_out), fout(db_in),
                               fout(db_out), fout(dsub_norm)};
         ULTRA_PICK(moe_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+
+    py::class_<CrossEntropy>(m, "CrossEntropy")
+        .def(py::init<std::array<int64_t, 4>, bool, const Ints&, const Ints&, Address, Address, Address, float, float,
+                      Address, int, Address, int, Address>());
+    m.def("cross_entropy_has_pairs", [] { return ULTRA_PICK(cross_entropy_has_pairs)(); });
+    m.def("cross_entropy_scratch", [](const CrossEntropy& c, int threads) {
+        return ULTRA_PICK(cross_entropy_scratch)(c.problem, c.gradients, threads);
+    });
+    m.def("cross_entropy", [](const CrossEntropy& c, Address loss, Address scratch, int threads) {
+        ULTRA_PICK(cross_entropy)(c.problem, c.gradients, fout(loss), fout(scratch), threads);
     }, Nogil());
 }

@@ -34,11 +34,10 @@ static inline auto part_of_sum(bool first, bool last, float* sums, int64_t row, 
     };
 }
 
-// The first n numbers, zeros after them.
+// The first n numbers: loaded with zeros after them, stored with nothing after them.
 template <typename T> static inline vf load_up_to(const T* p, int64_t n) {
     return n < kLanes ? load_part(p, (int)n) : load(p);
 }
-
 template <typename T> static inline void store_up_to(T* p, vf x, int64_t n) {
     if (n < kLanes) store_part(p, x, (int)n);
     else store(p, x);

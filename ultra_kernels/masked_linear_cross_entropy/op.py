@@ -6,9 +6,17 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import Op, autocast, define_differentiable
+from .. import _native
+from .._dispatch import Op, define_differentiable, of_all
+from ..bitlinear.op import matmul_dtype
+from .reference import waiting_dtype
 
-OP = Op("masked_linear_cross_entropy", __package__, {"cuda": ("reference",), "cpu": ("reference",)}, {})
+OP = Op(
+    "masked_linear_cross_entropy",
+    __package__,
+    {"cuda": ("reference",), "cpu": ("native", "reference")},
+    {"native": of_all(_native.why_not)},
+)
 
 
 def masked_linear_cross_entropy(
@@ -26,7 +34,7 @@ def masked_linear_cross_entropy(
 
     The sum runs over the M rows whose label is not `ignore_index`; only they are multiplied. "mean" divides by M.
     Without a labelled row the loss is 0 and so are its gradients. The gradients are computed with the loss, block by
-    block of rows: memory holds one block of logits and float32 gradients, never `[M, V]`.
+    block of rows: memory holds the gradients and one block of logits.
 
     hidden `[..., D]`, weight `[V, D]`, labels int64 `[...]`, bias `[V]`; returns a float32 scalar. Raises ValueError on
     a shape mismatch, an unknown reduction, or (on the CPU; CUDA asserts on the device) a label outside 0..V−1;
@@ -48,15 +56,7 @@ def masked_linear_cross_entropy(
         raise ValueError(f"masked_linear_cross_entropy: bias has shape {tuple(bias.shape)}; it must be ({V},)")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"masked_linear_cross_entropy: reduction {reduction!r} is unknown; it must be 'mean' or 'sum'")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= V))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"masked_linear_cross_entropy: label {int(labels[wrong][0])} is outside 0..{V - 1} and is not "
-                f"ignore_index ({ignore_index})"
-            )
-    chosen = OP.choose(backend, hidden)
-    hidden, weight = autocast(hidden, weight)
+    chosen = OP.choose(backend, hidden, weight, bias)
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     outputs = _forward(
         hidden.reshape(-1, D),
@@ -67,9 +67,23 @@ def masked_linear_cross_entropy(
         z_loss,
         reduction == "mean",
         grads,
+        matmul_dtype(hidden),
         chosen,
     )
     return outputs[0]
+
+
+def _forward_op(hidden, weight, labels, bias, ignore_index, z_loss, mean, grads, dtype, backend):  # type: ignore[no-untyped-def]
+    if labels.device.type == "cpu":
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= len(weight)))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"masked_linear_cross_entropy: label {int(labels[wrong][0])} is outside 0..{len(weight) - 1} and is "
+                f"not ignore_index ({ignore_index})"
+            )
+    return OP.module(backend).masked_linear_cross_entropy(
+        hidden, weight, labels, bias, ignore_index, z_loss, mean, grads, dtype
+    )
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -82,26 +96,44 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 9
-    sums = _scale(grad, *ctx.saved_tensors)
+        return (None,) * 10
+    scaled = (_scale_in_place if _may_overwrite(grad) else _scale)(grad, *ctx.saved_tensors)
     dhidden, dweight, dbias = (
-        None if dtype is None else g.to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True)
+        None if dtype is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)
     )
-    return dhidden, dweight, None, dbias, None, None, None, None, None
+    return dhidden, dweight, None, dbias, None, None, None, None, None, None
 
 
-def _fake(hidden, weight, labels, bias, ignore_index, z_loss, mean, grads, backend):  # type: ignore[no-untyped-def]
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+def _may_overwrite(grad: torch.Tensor) -> bool:
+    """Whether this is an eager backward after which the graph goes: what it saved is then nobody's any more.
 
-    def empty(shape, wanted=True):  # type: ignore[no-untyped-def]
-        return hidden.new_empty(shape if wanted else (0,), dtype=wide)
+    A copy of the weight's gradient would be the largest tensor of the whole loss.
+    """
+    traced = torch.compiler.is_compiling() or type(grad) is not torch.Tensor or torch._C._len_torch_dispatch_stack()
+    return not (traced or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _scale_in_place(grad, hidden, *sums_and_scale):  # type: ignore[no-untyped-def]
+    *sums, scale = sums_and_scale
+    factor = grad * scale
+    if factor.device.type != "cpu" or factor != 1:  # a GPU would have to be waited for
+        for s in sums:
+            s.mul_(factor)
+    return sums
+
+
+def _fake(hidden, weight, labels, bias, ignore_index, z_loss, mean, grads, dtype, backend):  # type: ignore[no-untyped-def]
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def empty(shape, dtype=wide):  # type: ignore[no-untyped-def]
+        return hidden.new_empty(shape if grads else (0, *shape[1:]), dtype=dtype)
 
     return (
-        empty(()),
-        empty(hidden.shape, grads),
-        empty(weight.shape, grads),
-        empty(weight.shape[:1], grads and bias is not None),
-        empty(()),
+        hidden.new_empty((), dtype=wide),
+        empty(hidden.shape, waiting_dtype(hidden.dtype)),
+        empty(weight.shape, waiting_dtype(weight.dtype)),
+        hidden.new_empty(0, dtype=wide) if bias is None else empty(weight.shape[:1]),
+        hidden.new_empty((), dtype=wide),
     )
 
 
@@ -110,16 +142,12 @@ def _fake(hidden, weight, labels, bias, ignore_index, z_loss, mean, grads, backe
 # backward so that a second derivative is refused.
 _forward, _scale = define_differentiable(
     "masked_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index, "
-    "float z_loss, bool mean, bool grads, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float z_loss, bool mean, bool grads, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "masked_linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor dhidden, Tensor dweight, Tensor dbias, "
     "Tensor scale) -> (Tensor, Tensor, Tensor)",
-    forward=lambda *args: OP.module(args[-1]).masked_linear_cross_entropy(*args[:-1]),
+    forward=_forward_op,
     forward_fake=_fake,
-    backward=lambda grad, hidden, dhidden, dweight, dbias, scale: (
-        dhidden * (grad * scale),
-        dweight * (grad * scale),
-        dbias * (grad * scale),
-    ),
+    backward=lambda grad, hidden, *sums_and_scale: tuple(s * (grad * sums_and_scale[3]) for s in sums_and_scale[:3]),
     backward_fake=lambda grad, hidden, *sums_and_scale: tuple(torch.empty_like(s) for s in sums_and_scale[:3]),
     setup_context=_setup_context,
     gradients=_gradients,

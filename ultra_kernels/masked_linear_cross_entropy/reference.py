@@ -18,12 +18,16 @@ def masked_linear_cross_entropy(
     z_loss: float,
     mean: bool,
     grads: bool,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """(loss, dhidden, dweight, dbias, scale): loss = scale · sum; the gradients are the sum's, empty without `grads`.
+    """(loss, dhidden, dweight, dbias, scale): scale times the gradients are the loss's; empty without `grads`.
 
+    `dtype` is that of the products. The gradients have the dtypes of waiting_dtype.
     Each block of rows is multiplied, turned in place from logits into softmax and then into the gradient of the
     logits, and multiplied into the gradients: logits exist once, for one block. Sums are kept in float32.
     """
+    of_hidden, of_weight = waiting_dtype(hidden.dtype), waiting_dtype(weight.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     V, D = weight.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = (labels != ignore_index).nonzero().squeeze(1)
@@ -32,7 +36,7 @@ def masked_linear_cross_entropy(
     M = x.shape[0]
     loss = torch.zeros((), dtype=wide, device=x.device)
     dx = torch.empty(M if grads else 0, D, dtype=wide, device=x.device)
-    dweight = torch.zeros(weight.shape if grads else 0, dtype=wide, device=x.device)
+    dweight = torch.zeros(V if grads else 0, D, dtype=wide, device=x.device)
     dbias = torch.zeros(V if grads and bias is not None else 0, dtype=wide, device=x.device)
     block = max(1, BLOCK_BYTES // (wide.itemsize * V))
     buffer = torch.empty(min(block, M), V, dtype=wide, device=x.device)
@@ -63,8 +67,13 @@ def masked_linear_cross_entropy(
             dweight += dlogits.t() @ xs
         if bias is not None:
             dbias += probs.sum(0)
-    dhidden = torch.zeros(hidden.shape if grads else 0, dtype=wide, device=x.device)
-    if grads:
-        dhidden[rows] = dx
     scale = loss.new_ones(()) / (max(M, 1) if mean else 1)
-    return loss * scale, dhidden, dweight, dbias, scale
+    dhidden = torch.zeros(hidden.shape[0] if grads else 0, D, dtype=of_hidden, device=x.device)
+    if grads:
+        dhidden[rows] = dx.to(of_hidden)
+    return loss * scale, dhidden, dweight.to(of_weight), dbias, scale
+
+
+def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that waits for the backward to scale it: float16 would lose what a loss scale is to keep."""
+    return torch.float32 if dtype == torch.float16 else dtype
