@@ -35,7 +35,7 @@ def contenders(name: str) -> list[str]:
 ALL = [
     pytest.param(name, backend, case, dtype, mode, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}-{mode}")
     for name in OPS
-    for case in cases(name, large=DEVICE == "cuda")
+    for case in cases(name, large=DEVICE == "cuda", slow=True)
     if case.bench
     for dtype in DTYPES
     if dtype in case.dtypes

@@ -152,6 +152,15 @@ def torch_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_
     return F.cross_entropy(logits.float(), labels[rows], reduction=reduction)
 
 
+def liger_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, z_loss=0.0, reduction="mean"):
+    if not hidden.is_cuda:
+        raise NotImplementedError("Liger's kernels run on a GPU")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=ignore_index, lse_square_scale=z_loss, reduction=reduction)
+    return loss(weight, hidden.flatten(0, -2), labels.flatten(), bias)
+
+
 def int8_weights(packed: PackedTernary, dtype: torch.dtype):
     """codesᵀ in two layouts and the scale.
 
@@ -216,7 +225,7 @@ PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
     "causal_conv1d": {"torch": torch_conv1d, "causal-conv1d": dao_causal_conv1d},
     "hope_attention": {"torch-softmax": torch_softmax},
     "layer_norm": {"torch": torch_layer_norm},
-    "masked_linear_cross_entropy": {"torch": torch_cross_entropy},
+    "masked_linear_cross_entropy": {"liger-kernel": liger_cross_entropy, "torch": torch_cross_entropy},
     "moe_ffn": {"liger-kernel": liger_moe},
     "retention": {"flash-linear-attention": fla_retention, "torch-eager": eager_retention},
     "selective_scan": {"loop": loop_selective_scan, "mamba-ssm": mamba_selective_scan},

@@ -33,6 +33,7 @@ class Case:
     int8: the forward's product may be one of int8, the backward's not.
     exps: exponentials that the forward cannot do without.
     large: for the bench on a GPU alone; a comparison with float64 on the CPU would take minutes.
+    slow: for the bench alone; it would take many seconds for each backend.
     refused_by: backends that do not take such a shape.
     """
 
@@ -46,6 +47,7 @@ class Case:
     constant: tuple[str, ...] = ()
     bench: bool = False
     large: bool = False
+    slow: bool = False
     refused_by: tuple[str, ...] = ()
     scales: dict[str, float] = field(default_factory=dict)
     roundings: int = 1
@@ -75,10 +77,11 @@ class Case:
         return out
 
 
-def cases(name: str, *, large: bool = False) -> list[Case]:
+def cases(name: str, *, large: bool = False, slow: bool = False) -> list[Case]:
     """The cases of one op: CASES in its folder's cases.py, a dict by op name where a folder holds several ops."""
     found = importlib.import_module(f"{OPS[name].package}.cases").CASES
-    return [c for c in (found[name] if isinstance(found, dict) else found) if large or not c.large]
+    listed = found[name] if isinstance(found, dict) else found
+    return [c for c in listed if (large or not c.large) and (slow or not c.slow)]
 
 
 def widened(inputs: Inputs) -> Inputs:

@@ -236,10 +236,6 @@ void dlogits(const CrossEntropyProblem& p, const Shape<Word>& s, const int64_t* 
             if (both) store(next + i, b);
             store_down(to.down + words<Word>(c) * to.down_row() + i, a, b);
         }
-        for (int64_t i = lanes; i < to.rows_row(); i += kLanes) {
-            store(row + i, splat(0.0f));
-            if (both) store(next + i, splat(0.0f));
-        }
         if (dbias) dbias[first + c] = sum(total) + (add ? dbias[first + c] : 0.0f);
         if (dbias && both) dbias[first + c + 1] = sum(of_next) + (add ? dbias[first + c + 1] : 0.0f);
     }

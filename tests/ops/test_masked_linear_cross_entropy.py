@@ -149,6 +149,31 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_kept_graph_may_be_differentiated_again(dtype):
+    """A backward after which the graph goes overwrites what was saved; one that keeps it may not."""
+    hidden, weight, labels, bias = inputs(dtype=dtype)
+    leaves, loss = (hidden, weight, bias), masked_linear_cross_entropy(hidden, weight, labels, bias)
+    first = torch.autograd.grad(loss, leaves, torch.full_like(loss, 3.0), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, leaves, torch.full_like(loss, 6.0), retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, torch.full_like(loss, 12.0))
+    for a, b, c, before in zip(first, second, last, kept, strict=True):
+        assert torch.equal(a, before) and torch.equal(b, 2 * a) and torch.equal(c, 4 * a)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_the_weights_gradient_is_not_copied():
+    """The one that the forward made is scaled in place and becomes the parameter's."""
+    hidden, weight, labels, bias = inputs(dtype=torch.float32)
+    loss = masked_linear_cross_entropy(hidden, weight, labels, bias, reduction="sum")
+    assert loss.grad_fn.saved_tensors[2].shape == weight.shape
+    address = loss.grad_fn.saved_tensors[2].data_ptr()
+    (loss / 7).backward()
+    assert weight.grad.data_ptr() == address
+
+
 def test_second_derivative_is_refused():
     hidden, weight, labels, bias = inputs()
     loss = masked_linear_cross_entropy(hidden, weight, labels, bias)

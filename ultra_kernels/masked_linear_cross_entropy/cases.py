@@ -18,6 +18,8 @@ def _case(
     ignore_index: int = -100,
     strided: bool = False,
     bench: bool = False,
+    large: bool = False,
+    slow: bool = False,
 ) -> Case:
     T, D = int(torch.Size(shape[:-1]).numel()), shape[-1]
 
@@ -49,6 +51,8 @@ def _case(
         elements=rows * D * 2 + V * D * 2,
         flops=2 * rows * D * V,
         bench=bench,
+        large=large,
+        slow=slow,
     )
 
 
@@ -61,4 +65,7 @@ CASES = [
     _case("strided-ignore0", 5, 31, 40, V=97, labelled=0.4, ignore_index=0, strided=True),
     _case("T113-all-labelled", 113, 48, V=600, labelled=1, z_loss=1e-3, bias=True),
     _case("embbert-T2048-D192-V8192", 2048, 192, V=8192, labelled=0.15, bench=True),
+    _case("mini-T4096-D384-V50000", 4096, 384, V=50000, labelled=0.15, bench=True, slow=True),
+    _case("standard-T4096-D768-V50000", 4096, 768, V=50000, labelled=0.15, bench=True, slow=True),
+    _case("T16384-D768-V50368", 16384, 768, V=50368, labelled=0.3, bench=True, large=True),
 ]
