@@ -11,6 +11,7 @@ order[r] // k of a tensor of rows instead of row r; scatter writes row order[r] 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -300,8 +301,8 @@ def grouped_sums(
 
 
 def configuration(
-    name: str, kernel: Any, dtype: str, float32: Sequence[str], unit: int, constexprs: dict[str, Any], num_warps: int,
-    num_stages: int, archs: tuple[int, ...] = ARCHS,
+    name: str, kernel: Any, dtype: str, float32: Sequence[str], unit: int, constexprs: Mapping[str, Any],
+    num_warps: int, num_stages: int, archs: tuple[int, ...] = ARCHS,
 ) -> Configuration:  # fmt: skip
     """`float32`: tensors that are not of `dtype`; ends and order are int64, sizes, which nothing looks at, int32."""
     constexprs = {"UNIT": unit, **constexprs}
@@ -323,20 +324,20 @@ def archs_of(dtype: str, unit: int) -> tuple[int, ...]:
 
 def tile_configurations(
     name: str, kernel: Any, half: Mapping[int, Tile], single: Mapping[int, Tile], float32: Sequence[str] = (),
-    **constexprs: Any,
+    constexprs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Configuration]:  # fmt: skip
     """Every dtype and tile of a kernel."""
     for dtype in ("fp32", "bf16", "fp16"):
         tiles = [(16, tile) for tile in (single if dtype == "fp32" else half).values()]
         for unit, tile in [*tiles, (1, ODD)]:
             yield configuration(
-                f"{name}-{tile.block_m}x{tile.block_n}", kernel, dtype, float32, unit, constexprs | tile.blocks,
+                f"{name}-{tile.block_m}x{tile.block_n}", kernel, dtype, float32, unit, {**constexprs, **tile.blocks},
                 tile.num_warps, tile.num_stages, archs_of(dtype, unit),
             )  # fmt: skip
 
 
 def row_configurations(
-    name: str, kernel: Any, num_warps: int, float32: Sequence[str], **constexprs: Any
+    name: str, kernel: Any, num_warps: int, float32: Sequence[str], constexprs: Mapping[str, Any]
 ) -> Iterator[Configuration]:
     """Every dtype of a kernel without products, which for one architecture is much as for another."""
     for dtype, unit in ((d, u) for d in ("fp32", "bf16", "fp16") for u in (16, 1)):
@@ -348,9 +349,11 @@ def configurations() -> Iterator[Configuration]:
     """What the functions above launch."""
     for transposed in (False, True):
         name = f"product{'-transposed' * transposed}"
-        yield from tile_configurations(name, product_kernel, HALF, SINGLE, ("bias", "gates"), TRANSPOSED=transposed)
+        constexprs = {"TRANSPOSED": transposed}
+        yield from tile_configurations(name, product_kernel, HALF, SINGLE, ("bias", "gates"), constexprs)
     yield from tile_configurations("weight-grad", weight_grad_kernel, GRAD_HALF, GRAD_SINGLE)
     sums = {"SPAN": SPAN, "COLS": COLS}
-    yield from row_configurations("column-sums", column_sums_kernel, SUM_WARPS, ("gates", "parts"), ROWS=ROWS, **sums)
+    rows = {"ROWS": ROWS, **sums}
+    yield from row_configurations("column-sums", column_sums_kernel, SUM_WARPS, ("gates", "parts"), rows)
     for unit in (16, 1):
         yield configuration("group-sums", group_sums_kernel, "fp32", (), unit, sums, SUM_WARPS, 1)

@@ -1,4 +1,4 @@
-"""The experts of a mixture in Triton; the contract is in op.py, routing in triton_routing.py.
+"""The experts of a mixture in Triton; the contract is in op.py, routing in _routes_triton.py.
 
 Rows are pairs (token, choice) in the order of their experts. The first product gathers its tokens as it loads them and
 applies bias and activation as it stores; the second writes each row, times its gate, to the place of its pair, so that
@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from .. import _groups_triton as groups
+from .. import _routes_triton
 from .._groups_triton import FUSION, Tile, _group, _listed, _multiply
+from .._routes_triton import route, route_backward
 from .._triton import Configuration
-from . import triton_routing
 from .reference import ACTIVATIONS, Routes
-from .triton_routing import route, route_backward
 
 __all__ = ["backward", "configurations", "forward", "route", "route_backward"]
 
@@ -373,13 +373,13 @@ def configurations() -> list[Configuration]:
 
 
 def _configurations() -> Iterator[Configuration]:
-    yield from triton_routing.configurations()
+    yield from _routes_triton.configurations()
     yield from groups.configurations()
     single = ("bias", "gates", "parts", "gain", "dgain", "dgates")
     for gated in (False, True):
         name = f"up{'-gated' * gated}"
-        yield from groups.tile_configurations(name, up_kernel, groups.HALF, groups.SINGLE, single, GATED=gated)
+        yield from groups.tile_configurations(name, up_kernel, groups.HALF, groups.SINGLE, single, {"GATED": gated})
     yield from groups.tile_configurations("inner-grad", inner_grad_kernel, INNER_GRAD, groups.SINGLE, single)
     for kernel in (norm_kernel, combine_kernel, norm_grad_kernel, gates_grad_kernel):
         name = kernel.fn.__name__.removesuffix("_kernel").replace("_", "-")
-        yield from groups.row_configurations(name, kernel, WARPS, single, ROWS=ROWS, COLS=COLS)
+        yield from groups.row_configurations(name, kernel, WARPS, single, {"ROWS": ROWS, "COLS": COLS})

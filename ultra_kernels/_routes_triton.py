@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import Configuration
+from ._triton import Configuration
 
 # As int32 and beyond NaN: below every key that a logit has.
 _TAKEN = tl.constexpr(-9223372036854775807)
