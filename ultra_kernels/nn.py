@@ -40,8 +40,9 @@ from . import (
     ternary_linear,
 )
 from ._products import linear
-from .moe_ffn.reference import inner, route
-from .ternary.op import PackedTernary, codes_shape, grouped_ternary_linear
+from .moe_ffn.op import route
+from .moe_ffn.reference import inner
+from .ternary.op import LINEAR, PackedTernary, codes_shape, grouped_ternary_linear
 
 __all__ = [
     "BitLinear",
@@ -256,9 +257,9 @@ class PackedBitLinear(PackedMatrices):
 class _PackedExperts(PackedMatrices):
     """y = s_x · scale[e] · (x̂ · codes[e]ᵀ) + bias[e] for the rows ends[e−1] <= r < ends[e] of x `[S, in_features]`."""
 
-    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ends: torch.Tensor, backend: str) -> torch.Tensor:
         shape = self.out_features, self.in_features
-        return grouped_ternary_linear(x, self.codes, self.scale, shape, self.bias, ends)
+        return grouped_ternary_linear(x, self.codes, self.scale, shape, self.bias, ends, backend)
 
 
 class Retention(nn.Module):
@@ -765,13 +766,13 @@ class PackedMoE(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         rows = wide(x.reshape(-1, x.shape[-1]))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            routes, stats = route(
-                rows @ wide(self.router.weight).t(), self.top_k, self.normalize_gates, self.select_bias
-            )
-            h = self.w_in(rows.index_select(0, routes.order // self.top_k), routes.ends)
+            backend = LINEAR.choose(None, rows, self.w_in.codes)
+            logits = rows @ wide(self.router.weight).t()
+            routes, stats = route(logits, self.top_k, self.normalize_gates, self.select_bias, backend)
+            h = self.w_in(rows.index_select(0, routes.order // self.top_k), routes.ends, backend)
             h = inner(h, self.activation, self.gated)
             h = h if self.sub_norm is None else self.sub_norm(h)
-            out = self.w_out(h, routes.ends).index_select(0, routes.inverse).unflatten(0, routes.gates.shape)
+            out = self.w_out(h, routes.ends, backend).index_select(0, routes.inverse).unflatten(0, routes.gates.shape)
             y = (out * routes.gates.unsqueeze(-1)).sum(1)
         return y.to(x.dtype).view(x.shape), stats
 

@@ -294,7 +294,7 @@ def test_packed_moe_gives_an_expert_its_own_tokens_alone(monkeypatch) -> None:
     real = layers.grouped_ternary_linear
 
     def record(x, *rest):
-        calls.append((len(x), rest[-1]))
+        calls.append((len(x), rest[-2]))
         return real(x, *rest)
 
     monkeypatch.setattr(layers, "grouped_ternary_linear", record)

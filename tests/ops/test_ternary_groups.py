@@ -84,16 +84,18 @@ def test_rows_of_any_stride() -> None:
     (_, codes, scale, shape, bias, ends), _ = problem([3, 0, 4], 17, 40)
     wide = torch.randn(14, 90, generator=torch.Generator().manual_seed(3))
     for x in (wide[::2, :40], wide[:7, 45:85], wide.t()[:40, :7].t()):
-        want = grouped_ternary_linear(x.contiguous(), codes, scale, shape, bias, ends)
-        assert torch.equal(grouped_ternary_linear(x, codes, scale, shape, bias, ends), want)
+        backend = LINEAR.choose(None, x, codes)
+        want = grouped_ternary_linear(x.contiguous(), codes, scale, shape, bias, ends, backend)
+        assert torch.equal(grouped_ternary_linear(x, codes, scale, shape, bias, ends, backend), want)
 
 
 def test_the_op_is_registered_as_torch_wants_it() -> None:
     arguments, _ = problem([2, 0, 3], 5, 20)
     backend = "native" if LINEAR.why_not("native", torch.zeros(1, 1)) is None else "reference"
     torch.library.opcheck(torch.ops.ultra_kernels.grouped_ternary_linear.default, (*arguments, backend))
-    compiled = torch.compile(lambda x: grouped_ternary_linear(x, *arguments[1:]), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(arguments[0]), grouped_ternary_linear(*arguments))
+    x, *rest = *arguments, backend
+    compiled = torch.compile(lambda x: grouped_ternary_linear(x, *rest), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), grouped_ternary_linear(x, *rest))
 
 
 def test_the_cuda_kernels_leave_groups_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

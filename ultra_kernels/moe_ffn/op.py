@@ -97,19 +97,24 @@ def moe_ffn(
         normalize_gates = top_k > 1
     tensors, dtype = (x, w_in, w_out, router_logits, b_in, b_out, sub_norm), matmul_dtype(x)
     chosen = BITLINEAR.choose(backend, *tensors[:3]) if bitnet else OP.choose(backend, *tensors)
+    routes, stats = route(router_logits, top_k, normalize_gates, select_bias, chosen)
     if bitnet or chosen == "reference":
-        return reference.moe_ffn(
-            x, router_logits, w_in, w_out, top_k, activation, gated, b_in, b_out, normalize_gates, select_bias,
-            sub_norm, bitnet_scale if bitnet else None, dtype, chosen,
-        )  # fmt: skip
-    if chosen == "triton":
-        gates, _, order, inverse, ends, *of_router = _route(router_logits.float(), select_bias, top_k, normalize_gates)
-        routes, stats = Routes(gates, order, inverse, ends), MoEStats(*of_router)
-    else:
-        routes, stats = reference.route(router_logits, top_k, normalize_gates, select_bias)
+        scale = bitnet_scale if bitnet else None
+        y = reference.experts(x, routes, w_in, w_out, activation, gated, b_in, b_out, sub_norm, scale, dtype, chosen)
+        return y, stats
     small = (t if t is None else t.float() for t in (b_in, b_out, sub_norm))
     y, _ = _experts(x.to(dtype), *routes, w_in.to(dtype), w_out.to(dtype), *small, activation, gated, chosen)
     return y, stats
+
+
+def route(
+    router_logits: torch.Tensor, top_k: int, normalize_gates: bool, select_bias: torch.Tensor | None, backend: str
+) -> tuple[Routes, MoEStats]:
+    """Which tokens go where. Neither way has the host wait for a GPU."""
+    if backend != "triton" or router_logits.shape[1] > MAX_EXPERTS:
+        return reference.route(router_logits, top_k, normalize_gates, select_bias)
+    gates, _, order, inverse, ends, *of_router = _route(router_logits.float(), select_bias, top_k, normalize_gates)
+    return Routes(gates, order, inverse, ends), MoEStats(*of_router)
 
 
 def _forward_op(x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, activation, gated, backend):  # type: ignore[no-untyped-def]

@@ -105,25 +105,22 @@ _grouped_linear, _grouped_linear_backward = define_differentiable(
 )
 
 
-def moe_ffn(
+def experts(
     x: torch.Tensor,
-    router_logits: torch.Tensor,
+    routes: Routes,
     w_in: torch.Tensor,
     w_out: torch.Tensor,
-    top_k: int,
     activation: str,
     gated: bool,
     b_in: torch.Tensor | None,
     b_out: torch.Tensor | None,
-    normalize_gates: bool,
-    select_bias: torch.Tensor | None,
     sub_norm: torch.Tensor | None,
     bitnet_scale: str | None,
     dtype: torch.dtype,
     bitlinear_backend: str = "reference",
-) -> tuple[torch.Tensor, MoEStats]:
-    """`dtype` is that of the matrix products and of y; bitnet_scale None: experts in full precision."""
-    routes, stats = route(router_logits, top_k, normalize_gates, select_bias)
+) -> torch.Tensor:
+    """y of `moe_ffn`. `dtype` is that of the matrix products and of y; bitnet_scale None: experts in full precision."""
+    top_k = routes.gates.shape[1]
 
     def expert_linear(
         rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor | None = None
@@ -140,8 +137,7 @@ def moe_ffn(
     h = expert_linear(_Take.apply(x, routes.order // top_k, routes.inverse, top_k), w_in, b_in)
     h_wide = inner(h, activation, gated)
     out = _Take.apply(expert_linear(h_wide, w_out, b_out, sub_norm), routes.inverse, routes.order, 1)
-    y = (out.unflatten(0, routes.gates.shape) * routes.gates.unsqueeze(-1)).sum(1).to(dtype)
-    return y, stats
+    return (out.unflatten(0, routes.gates.shape) * routes.gates.unsqueeze(-1)).sum(1).to(dtype)
 
 
 class Routes(NamedTuple):

@@ -64,6 +64,11 @@ def _hidden(hidden, first, i, i_ok, n, F, activation, gated):
     return value, slope, tl.load(at + width, mask=second, other=1.0).to(tl.float32)
 
 
+@triton.jit
+def _norm_factor(squares, F):
+    return tl.rsqrt(tl.sum(squares, axis=1) / F + 1e-6)
+
+
 _SIZES = [*groups.SIZES, "S", "activation", "gated", "kept", "num_parts", "top_k", "T"]
 
 
@@ -123,7 +128,7 @@ def norm_kernel(
     for n0 in range(0, F, COLS):
         value, _, other = _hidden(hidden, first, i, i_ok, n0 + j, F, activation, gated)
         squares += value * other * (value * other)
-    r = tl.rsqrt(tl.sum(squares, axis=1) / F + 1e-6)
+    r = _norm_factor(squares, F)
     for n0 in range(0, F, COLS):
         n = n0 + j
         value, _, other = _hidden(hidden, first, i, i_ok, n, F, activation, gated)
@@ -203,7 +208,7 @@ def norm_grad_kernel(
         d = tl.load(_tile(dinner, first, i, n, F), mask=i_ok[:, None] & (n < F)[None, :], other=0.0).to(tl.float32)
         squares += value * other * (value * other)
         along += value * other * (d * tl.load(gain + n, mask=n < F, other=0.0)[None, :])
-    r = tl.rsqrt(tl.sum(squares, axis=1) / F + 1e-6)
+    r = _norm_factor(squares, F)
     dots = tl.sum(along, axis=1) * r
     tl.store(parts + m, dots, mask=i_ok)
     r, mean = r[:, None], (dots / F)[:, None]

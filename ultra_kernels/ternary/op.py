@@ -177,16 +177,15 @@ def grouped_ternary_linear(
     shape: tuple[int, int],
     bias: torch.Tensor | None,
     ends: torch.Tensor,
-    backend: str | None = None,
+    backend: str,
 ) -> torch.Tensor:
     """`ternary_linear` with matrix e and bias[e] for the rows ends[e−1] <= r < ends[e] of x.
 
     x `[S, K]`, codes uint8 `[E, ceil(N/16), ceil(K/16), 64]`: those of E PackedTernary of one shape (N, K); scale
-    `[E]`, bias `[E, N]`, ends int64 `[E]`, the last S. Returns `[S, N]` in x's dtype. For `PackedMoE`, which
-    has checked all of it and works without gradients and autocast.
+    `[E]`, bias `[E, N]`, ends int64 `[E]`, the last S; backend: what LINEAR has chosen. Returns `[S, N]` in x's
+    dtype. For `PackedMoE`, which has checked all of it and works without gradients and autocast.
     """
-    chosen = LINEAR.choose(backend, x, codes, scale, bias, ends)
-    y: torch.Tensor = _grouped_linear(x, codes, scale, shape, bias, ends, chosen)
+    y: torch.Tensor = _grouped_linear(x, codes, scale, shape, bias, ends, backend)
     return y
 
 
