@@ -70,7 +70,7 @@ template <typename Word> struct Shared {
     Shared(float* scratch, const Shape<Word>& s, const CrossEntropyProblem& p, const CrossEntropyGradients& g) {
         const auto take = [&](int64_t n) {
             floats += n;
-            return scratch ? scratch + (floats - n) : nullptr;
+            return scratch && n ? scratch + (floats - n) : nullptr;
         };
         const bool all = g.dweight;
         x = (Word*)take(s.rows * s.x_row);

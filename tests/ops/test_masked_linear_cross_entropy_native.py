@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+
 import pytest
 import torch
 
@@ -228,3 +231,37 @@ def test_compiled_graph() -> None:
     inputs["labels"][0] = 130
     with pytest.raises(ValueError, match="label 130 is outside"):
         compiled(**inputs)
+
+
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_memory_is_not_exceeded(grads: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many classes and rows, with and without the parts that only gradients need; what lies behind it is untouched."""
+    native = importlib.import_module("ultra_kernels.masked_linear_cross_entropy.native")
+    module, behind = _native.load(), 2**20
+    seen: list[int] = []
+
+    class Guarded:
+        CrossEntropy = module.CrossEntropy
+        cross_entropy_has_pairs = staticmethod(module.cross_entropy_has_pairs)
+
+        @staticmethod
+        def cross_entropy_scratch(call: object, threads: int) -> int:
+            seen.append(module.cross_entropy_scratch(call, threads))
+            return seen[-1] + behind
+
+        @staticmethod
+        def cross_entropy(call: object, loss: int, scratch: int, threads: int) -> None:
+            guard = (ctypes.c_float * behind).from_address(scratch + 4 * seen[-1])
+            ctypes.memset(guard, 0x5A, 4 * behind)
+            module.cross_entropy(call, loss, scratch, threads)
+            assert bytes(guard) == b"\x5a" * (4 * behind)
+
+    monkeypatch.setattr(native, "load", Guarded)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 70, generator=g).to(dtype).requires_grad_(grads) for n in (600, 3001))
+    labels = torch.randint(0, 3001, (600,), generator=g)
+    loss = masked_linear_cross_entropy(hidden, weight, labels, backend="native")
+    if grads:
+        loss.backward()
+    assert len(seen) == 1
