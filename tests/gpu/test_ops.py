@@ -137,7 +137,7 @@ def test_compiles_without_a_graph_break(device: str, name: str, backend: str) ->
     judge(run(compiled, inputs, backend, torch.float32), inputs, name, case, torch.float32)
 
 
-@pytest.mark.parametrize("name", [n for n in ("dyt", "derf") if n in OPS])
+@pytest.mark.parametrize("name", [n for n in ("dyt", "derf", "layer_norm") if n in OPS])
 @pytest.mark.parametrize(
     ("device", "backend", "rows"),
     [("cpu", "native", 300)] + [pytest.param("cuda", b, 2**21 + 3, marks=GPU) for b in ("triton", "cuda")],
@@ -152,7 +152,8 @@ def test_beyond_2_to_31_elements(device: str, backend: str, rows: int, name: str
         pytest.skip("needs 32 GiB of free memory on the GPU")
     g = torch.Generator(device).manual_seed(0)
     x, grad = (torch.randn(rows, D, generator=g, device=device, dtype=torch.bfloat16) for _ in range(2))
-    scalars = [torch.full((1,), v, device=device) for v in ((0.7,) if name == "dyt" else (0.7, 0.1))]
+    numbers = {"dyt": (0.7,), "derf": (0.7, 0.1), "layer_norm": ()}[name]
+    scalars = [torch.full((1,), v, device=device) for v in numbers]
     rest = [torch.randn(D, generator=g, device=device) for _ in range(2)]
 
     def outputs(x: torch.Tensor, grad: torch.Tensor) -> Iterator[torch.Tensor]:
