@@ -27,7 +27,8 @@ template <typename T> static inline T* as(T*, void* p) { return (T*)p; }
 template <typename T> static inline const T* as(T*, const void* p) { return (const T*)p; }
 
 // body(row) for rows that do not depend on each other. Tasks of 16 rows or more, which at 768 floats are 48 KiB: long
-// against their start-up. Longer ones where each thread has eight left: neighbours in memory are read 1.2 times as fast.
+// against their start-up. Longer ones where each thread has eight left: neighbours in memory are read 1.2 times as
+// fast.
 template <typename Body> static inline void for_rows(int64_t rows, int threads, const Body& body) {
     const int64_t share = rows / (8 * threads), each = share < 16 ? 16 : share;
     parallel_for((rows + each - 1) / each, threads, [&](int64_t task) {

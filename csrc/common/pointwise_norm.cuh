@@ -1,9 +1,10 @@
 // y = weight * f(alpha * x + shift) + bias over rows of D elements, forward and backward, for any f given as
 //   struct F { static constexpr bool kShift;  static float value(float u);  static float slope(float u, float value); };
 // with slope = f'(u), given f(u); without kShift, shift is a null pointer and taken as 0. DyT (f = tanh) and Derf
-// (f = erf) are this. Rows are contiguous; weight and bias are float32 [D], alpha and shift one float32 each, all on the
-// device: reading them on the host would wait for the GPU. With a residual (else null, as s is) s = x + residual, rounded
-// to T, is normalised and written; ds, its gradient beside that through y (null where there is none), is added to dx.
+// (f = erf) are this. Rows are contiguous; weight and bias are float32 [D], alpha and shift one float32 each, all on
+// the device: reading them on the host would wait for the GPU. With a residual (else null, as s is) s = x + residual,
+// rounded to T, is normalised and written; ds, its gradient beside that through y (null where there is none), is added
+// to dx.
 //
 // Bound by memory: 2 elements cross it per result forward, 3 backward, and the sums add 16 * D * row_blocks bytes. So a
 // warp owns columns, one vector of 16 bytes per lane, keeps their parameters (and partial sums) in registers, and walks

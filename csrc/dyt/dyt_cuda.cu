@@ -31,7 +31,8 @@ ULTRA_EXPORT int dyt_forward(const void* x, const void* residual, const float* a
 // Floats of scratch memory for dyt_backward.
 ULTRA_EXPORT int64_t dyt_scratch(int64_t rows, int64_t D) { return ultra::norm_scratch(rows, D); }
 
-// x: what was normalised; ds: like dy, or null. dweight, dbias: [D], dalpha: [1], all float32 and written, not added to.
+// x: what was normalised; ds: like dy, or null.
+// dweight, dbias: [D], dalpha: [1], all float32 and written, not added to.
 ULTRA_EXPORT int dyt_backward(const void* dy, const void* ds, const void* x, const float* alpha, const float* weight,
                               void* dx, float* dalpha, float* dweight, float* dbias, float* scratch, int64_t rows,
                               int64_t D, int64_t dtype, void* stream) {

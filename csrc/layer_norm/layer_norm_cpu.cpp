@@ -1,8 +1,8 @@
 // Contract: ultra_kernels/layer_norm/op.py
 //
 // Bound by memory, so a row is read from there once, and from a cache in the passes after. Row by row: several side by
-// side would share what is loaded of the parameters, but in float32 took up to 1.7 times as long at D = 768, where their
-// streams miss the first cache.
+// side would share what is loaded of the parameters, but in float32 took up to 1.7 times as long at D = 768, where
+// their streams miss the first cache.
 #include "layer_norm/layer_norm.h"
 
 #include "common/norm_rows.h"
