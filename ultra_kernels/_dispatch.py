@@ -22,6 +22,7 @@ import torch
 Backend = Literal["cuda", "triton", "native", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels compute with, in float32
 # The file of an op's folder that holds each backend.
 _FILES = {"cuda": "cuda", "triton": "triton_kernels", "native": "native", "reference": "reference"}
 
@@ -116,15 +117,18 @@ def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def triton_why_not(tensor: torch.Tensor, *args: Any) -> str | None:
-    """The reasons common to all Triton backends: they need a CUDA tensor, or the interpreter on a CPU tensor."""
+def triton_why_not(tensor: torch.Tensor, *args: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    """The reasons common to all Triton backends: they need a CUDA tensor, or the interpreter on a CPU tensor, of one of
+    `dtypes`."""
     if (reason := _triton_missing()) is not None:
         return str(reason)
-    if tensor.device.type == "cuda":
-        return None
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"Triton needs a CUDA tensor, this one is on {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU)"
+    interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if tensor.device.type != "cuda" and not interpreted:
+        return f"Triton needs a CUDA tensor, this one is on {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU)"
+    if tensor.dtype not in dtypes:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}; backend='reference' computes in it"
+    return None
 
 
 def triton_heads(largest: int) -> Callable[..., str | None]:
@@ -133,8 +137,6 @@ def triton_heads(largest: int) -> Callable[..., str | None]:
     def why_not(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> str | None:
         if (reason := triton_why_not(q)) is not None:
             return reason
-        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"the kernels take float32, bfloat16 and float16, not {q.dtype}; backend='reference' computes in it"
         if k is None or v is None:
             return None
         if k.dtype != q.dtype or v.dtype != q.dtype:

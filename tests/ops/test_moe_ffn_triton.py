@@ -323,6 +323,19 @@ def test_plain_grouped_products(N: int, K: int, dtype: torch.dtype) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("sub_norm", [False, True])
+def test_opcheck(sub_norm: bool) -> None:
+    """torch's audit of both ops: schema, fakes, autograd, AOT dispatch."""
+    inputs = case("opcheck", 5, 4, 3, 3, 2, gated=True, biases=True, sub_norm=sub_norm).inputs(torch.float32)
+    logits, x, w_in, w_out = (inputs[n].detach().requires_grad_() for n in ("router_logits", "x", "w_in", "w_out"))
+    torch.library.opcheck(op._route, (logits, None, 2, True))
+    gates, _, order, inverse, ends, *_ = (t.detach() for t in op._route(logits, None, 2, True))
+    small = inputs["b_in"], inputs["b_out"], inputs.get("sub_norm")
+    arguments = x, gates.requires_grad_(), order, inverse, ends, w_in, w_out, *small, "silu", True, "triton"
+    torch.library.opcheck(op._experts, arguments)
+
+
+@interpreted
 def test_what_the_kernels_do_not_take() -> None:
     inputs = case("refused", 3, 4, 4, 2, 1).inputs(torch.float64)
     with pytest.raises(BackendUnavailable, match="take float32, bfloat16 and float16"):

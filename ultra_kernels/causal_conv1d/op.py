@@ -9,19 +9,11 @@ from .._dispatch import Op, define_differentiable, triton_why_not
 from ..selective_scan.op import check_cu_seqlens, dense_like
 from . import reference
 
-
-def triton_limits(x: torch.Tensor) -> str | None:
-    """The reasons of triton_why_not, and dtypes that the kernels are not made for."""
-    if (reason := triton_why_not(x)) is None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}; backend='reference' computes in it"
-    return reason
-
-
 OP = Op(
     "causal_conv1d",
     __package__,
     {"cuda": ("cuda", "triton", "reference"), "cpu": ("native", "reference")},
-    {"cuda": _cuda.why_not, "triton": triton_limits, "native": _native.why_not},
+    {"cuda": _cuda.why_not, "triton": triton_why_not, "native": _native.why_not},
 )
 
 

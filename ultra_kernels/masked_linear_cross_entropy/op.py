@@ -11,21 +11,11 @@ from .._dispatch import Op, define_differentiable, of_all, triton_why_not
 from ..bitlinear.op import matmul_dtype
 from .reference import waiting_dtype
 
-
-def _triton_why_not(hidden: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    if (reason := triton_why_not(hidden)) is not None:
-        return reason
-    dtypes = [t.dtype for t in (hidden, *others) if t is not None]
-    if wrong := [d for d in dtypes if d not in (torch.float32, torch.bfloat16, torch.float16)]:
-        return f"the kernels take float32, bfloat16 and float16, not {wrong[0]}; backend='reference' computes in it"
-    return None
-
-
 OP = Op(
     "masked_linear_cross_entropy",
     __package__,
     {"cuda": ("triton", "reference"), "cpu": ("native", "reference")},
-    {"native": of_all(_native.why_not), "triton": _triton_why_not},
+    {"native": of_all(_native.why_not), "triton": of_all(triton_why_not)},
 )
 
 

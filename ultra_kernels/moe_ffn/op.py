@@ -17,11 +17,9 @@ MAX_EXPERTS = 256  # of the Triton kernels, whose router has a row of logits in 
 
 
 def _triton_why_not(x: torch.Tensor, w_in: torch.Tensor | None = None, *tensors: torch.Tensor | None) -> str | None:
-    if (reason := triton_why_not(x)) is not None:
+    if (reason := of_all(triton_why_not)(x, w_in, *tensors)) is not None:
         return reason
-    for t in (x, w_in, *tensors):
-        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"the kernels take float32, bfloat16 and float16, not {t.dtype}; backend='reference' does"
+    for t in (w_in, *tensors):
         if t is not None and t.device != x.device:
             return f"x is on {x.device}, another tensor on {t.device}; move it there"
     if w_in is not None and len(w_in) > MAX_EXPERTS:

@@ -17,12 +17,9 @@ MAX_STATES = 64  # of the Triton kernels: a program keeps all states of 32 chann
 def triton_limits(
     u: torch.Tensor, delta: torch.Tensor | None = None, z: torch.Tensor | None = None, states: int = 1
 ) -> str | None:
-    """The reasons of triton_why_not, and dtypes and numbers of states that the kernels are not made for."""
-    if (reason := triton_why_not(u)) is not None:
+    """The reasons of triton_why_not, and numbers of states that the kernels are not made for."""
+    if (reason := of_all(triton_why_not)(u, delta, z)) is not None:
         return reason
-    for t in (u, delta, z):
-        if t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"the kernels take float32, bfloat16 and float16, not {t.dtype}; backend='reference' computes in it"
     return f"N is {states}, above {MAX_STATES}; use fewer states" if states > MAX_STATES else None
 
 

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 from .. import _cuda, _native
-from .._dispatch import Op, define_constant, full_precision, triton_why_not
+from .._dispatch import FLOATS, Op, define_constant, full_precision, triton_why_not
 from . import reference
 
 MAX_M = 8  # rows of x that the CUDA kernels take; with more, tensor cores are faster
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_FLOATS, torch.int8)
+
+_DTYPES = (*FLOATS, torch.int8)
 
 
 def _cuda_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
@@ -29,12 +29,8 @@ def _cuda_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
 
 
 def _triton_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
-    """The reasons of triton_why_not, and dtypes that the kernels are not made for."""
-    if (reason := triton_why_not(x)) is not None:
-        return reason
-    if x.dtype not in _DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}; backend='reference' computes in it"
-    return _elsewhere(x, *tensors)
+    """The reasons of triton_why_not, where x may be int8 too."""
+    return triton_why_not(x, dtypes=_DTYPES) or _elsewhere(x, *tensors)
 
 
 def _native_limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
@@ -47,7 +43,7 @@ def _elsewhere(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
     for t in tensors:
         if t is not None and t.device != x.device:
             return f"x is on {x.device}, another tensor on {t.device}; move it there"
-        if t is not None and t.is_floating_point() and t.dtype not in _FLOATS:
+        if t is not None and t.is_floating_point() and t.dtype not in FLOATS:
             return f"the kernels take a bias of float32, bfloat16 or float16, not {t.dtype}"
     return None
 
