@@ -282,7 +282,7 @@ def test_the_host_looks_at_no_routing(sub_norm: bool) -> None:
     small = inputs["b_in"], inputs["b_out"], inputs.get("sub_norm")
     with torch.no_grad(), recorded_launches(run=False) as seen:
         gates, chosen, order, inverse, ends, *_, mean_prob, z = kernels().route(logits, inputs["select_bias"], 2, True)
-        rest = reference.Routes(gates, order, inverse, ends), w_in, w_out, *small, "silu", True
+        rest = reference.Routes(gates, order, inverse, ends), reference.Experts(w_in, w_out, *small, "silu", True)
         hidden = op._hidden_like(x, order, w_out, True)
         y = kernels().forward(x, *rest, hidden)
         grads = [None if t is None else torch.empty_like(t) for t in (x, gates, w_in, w_out, *small)]

@@ -11,7 +11,7 @@ from .._dispatch import Op, define_differentiable, of_all, triton_why_not
 from ..bitlinear.op import OP as BITLINEAR
 from ..bitlinear.op import matmul_dtype
 from . import reference
-from .reference import MoEStats, Routes
+from .reference import Experts, MoEStats, Routes
 
 MAX_EXPERTS = 256  # of the Triton kernels, whose router has a row of logits in registers
 
@@ -98,8 +98,8 @@ def moe_ffn(
     routes, stats = route(router_logits, top_k, normalize_gates, select_bias, chosen)
     if bitnet or chosen == "reference":
         scale = bitnet_scale if bitnet else None
-        y = reference.experts(x, routes, w_in, w_out, activation, gated, b_in, b_out, sub_norm, scale, dtype, chosen)
-        return y, stats
+        experts = Experts(w_in, w_out, b_in, b_out, sub_norm, activation, gated)
+        return reference.forward(x, routes, experts, scale, dtype, chosen), stats
     small = (t if t is None else t.float() for t in (b_in, b_out, sub_norm))
     y, _ = _experts(x.to(dtype), *routes, w_in.to(dtype), w_out.to(dtype), *small, activation, gated, chosen)
     return y, stats
@@ -115,11 +115,10 @@ def route(
     return Routes(gates, order, inverse, ends), MoEStats(*of_router)
 
 
-def _forward_op(x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, activation, gated, backend):  # type: ignore[no-untyped-def]
-    hidden = _hidden_like(x, order, w_out, gated)
-    routes = Routes(gates, order, inverse, ends)
-    y = OP.module(backend).forward(x, routes, w_in, w_out, b_in, b_out, sub_norm, activation, gated, hidden)
-    return y, hidden
+def _forward_op(x, *arguments):  # type: ignore[no-untyped-def]
+    routes, experts, backend = Routes(*arguments[:4]), Experts(*arguments[4:-1]), arguments[-1]
+    hidden = _hidden_like(x, routes.order, experts.w_out, experts.gated)
+    return OP.module(backend).forward(x, routes, experts, hidden), hidden
 
 
 def _hidden_like(x: torch.Tensor, order: torch.Tensor, w_out: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -127,7 +126,8 @@ def _hidden_like(x: torch.Tensor, order: torch.Tensor, w_out: torch.Tensor, gate
     return x.new_empty(order.shape[0], (2 if gated else 1) * ((w_out.shape[-1] + 31) // 32 * 32))
 
 
-def _forward_fake(x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, activation, gated, backend):  # type: ignore[no-untyped-def]
+def _forward_fake(x, gates, order, inverse, ends, w_in, w_out, *others):  # type: ignore[no-untyped-def]
+    gated = others[-2]
     return x.new_empty(x.shape), _hidden_like(x, order, w_out, gated)
 
 
@@ -147,30 +147,22 @@ def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
     return dx, dgates, None, None, None, *others, None, None, None
 
 
-def _gradients_like(x, gates, w_in, w_out, b_in, b_out, sub_norm, wants):  # type: ignore[no-untyped-def]
-    """Empty where not wanted."""
-    tensors = x, gates, w_in, w_out, b_in, b_out, sub_norm
-    return tuple(
-        gates.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
-        for t, wanted in zip(tensors, wants, strict=True)
-    )
-
-
-def _backward_op(  # type: ignore[no-untyped-def]
-    grad, x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, hidden, wants, activation, gated, backend
-):
-    grads = _gradients_like(x, gates, w_in, w_out, b_in, b_out, sub_norm, wants)
+def _backward_op(grad, x, *arguments):  # type: ignore[no-untyped-def]
+    *tensors, hidden, wants, activation, gated, backend = arguments
+    routes, experts = Routes(*tensors[:4]), Experts._make((*tensors[4:], activation, gated))
+    grads = _backward_fake(grad, x, *arguments)
     filled = [g if wanted else None for g, wanted in zip(grads, wants, strict=True)]
-    routes = Routes(gates, order, inverse, ends)
-    arguments = x, routes, w_in, w_out, b_in, b_out, sub_norm, activation, gated, hidden, filled
-    OP.module(backend).backward(grad, *arguments)
+    OP.module(backend).backward(grad, x, routes, experts, hidden, filled)
     return grads
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    grad, x, gates, order, inverse, ends, w_in, w_out, b_in, b_out, sub_norm, hidden, wants, activation, gated, backend
-):
-    return _gradients_like(x, gates, w_in, w_out, b_in, b_out, sub_norm, wants)
+def _backward_fake(grad, x, gates, order, inverse, ends, *arguments):  # type: ignore[no-untyped-def]
+    """Of x, gates, w_in, w_out, b_in, b_out and sub_norm; empty where not wanted."""
+    *of_experts, _, wants, _, _, _ = arguments
+    return tuple(
+        gates.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
+        for t, wanted in zip((x, gates, *of_experts), wants, strict=True)
+    )
 
 
 # The experts given the routes; x and the weights have one dtype, the others are float32.

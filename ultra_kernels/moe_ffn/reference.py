@@ -105,22 +105,17 @@ _grouped_linear, _grouped_linear_backward = define_differentiable(
 )
 
 
-def experts(
+def forward(
     x: torch.Tensor,
     routes: Routes,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    activation: str,
-    gated: bool,
-    b_in: torch.Tensor | None,
-    b_out: torch.Tensor | None,
-    sub_norm: torch.Tensor | None,
+    experts: Experts,
     bitnet_scale: str | None,
     dtype: torch.dtype,
     bitlinear_backend: str = "reference",
 ) -> torch.Tensor:
     """y of `moe_ffn`. `dtype` is that of the matrix products and of y; bitnet_scale None: experts in full precision."""
     top_k = routes.gates.shape[1]
+    w_in, w_out, b_in, b_out, sub_norm, activation, gated = experts
 
     def expert_linear(
         rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: torch.Tensor | None = None
@@ -138,6 +133,18 @@ def experts(
     h_wide = inner(h, activation, gated)
     out = _Take.apply(expert_linear(h_wide, w_out, b_out, sub_norm), routes.inverse, routes.order, 1)
     return (out.unflatten(0, routes.gates.shape) * routes.gates.unsqueeze(-1)).sum(1).to(dtype)
+
+
+class Experts(NamedTuple):
+    """w_in `[E,F,D]` (gated: `[E,2F,D]`), w_out `[E,D,F]`, biases `[E,·]`, sub_norm `[F]`, as in `moe_ffn`."""
+
+    w_in: torch.Tensor
+    w_out: torch.Tensor
+    b_in: torch.Tensor | None
+    b_out: torch.Tensor | None
+    sub_norm: torch.Tensor | None
+    activation: str
+    gated: bool
 
 
 class Routes(NamedTuple):

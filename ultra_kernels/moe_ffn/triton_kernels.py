@@ -19,7 +19,7 @@ from .. import _routes_triton
 from .._groups_triton import FUSION, Tile, _group, _listed, _multiply
 from .._routes_triton import route, route_backward
 from .._triton import Configuration
-from .reference import ACTIVATIONS, Routes
+from .reference import ACTIVATIONS, Experts, Routes
 
 __all__ = ["backward", "configurations", "forward", "route", "route_backward"]
 
@@ -260,19 +260,9 @@ INNER_GRAD = {
 ROWS, COLS, WARPS = 16, 128, 8  # rows and columns of kernels without products
 
 
-def forward(
-    x: torch.Tensor,
-    routes: Routes,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    b_in: torch.Tensor | None,
-    b_out: torch.Tensor | None,
-    sub_norm: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
+def forward(x: torch.Tensor, routes: Routes, experts: Experts, hidden: torch.Tensor) -> torch.Tensor:
     """y `[T, D]`; fills `hidden`."""
+    w_in, w_out, b_in, b_out, sub_norm, activation, gated = experts
     x, w_in = x.contiguous(), w_in.contiguous()
     (T, D), (E, _, F), k = x.shape, w_out.shape, routes.gates.shape[1]
     S, which = T * k, list(ACTIVATIONS).index(activation)
@@ -299,22 +289,17 @@ def backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     routes: Routes,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    b_in: torch.Tensor | None,
-    b_out: torch.Tensor | None,
-    sub_norm: torch.Tensor | None,
-    activation: str,
-    gated: bool,
+    experts: Experts,
     hidden: torch.Tensor,
     grads: list[torch.Tensor | None],
 ) -> None:
     """Fills the gradients of x, gates, w_in, w_out, b_in, b_out and sub_norm; None: not wanted, but for the gates'."""
+    w_in, w_out, _, b_out, sub_norm, activation, gated = experts
     dy, w_out = dy.contiguous(), w_out.contiguous()
     (T, D), (E, _, F), k = x.shape, w_out.shape, routes.gates.shape[1]
     S, which, parts_of_F = T * k, list(ACTIVATIONS).index(activation), 2 if gated else 1
     dx, dgates, dw_in, dw_out, db_in, db_out, dsub_norm = grads
-    _, ends, order, gates = routes.inverse, routes.ends, routes.order, routes.gates
+    gates, order, _, ends = routes
     dhidden, inner = x.new_empty(S, parts_of_F * F), x.new_empty(S if dw_out is not None else 0, F)
     kept = 0 if dw_out is None else F
     if S and sub_norm is None:
