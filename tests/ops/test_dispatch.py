@@ -10,6 +10,7 @@ import torch
 
 import ultra_kernels
 from ultra_kernels import BackendUnavailable, _native, dyt, use_backend
+from ultra_kernels._dispatch import OPS
 from ultra_kernels.dyt.op import OP
 
 needs_native = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
@@ -85,3 +86,12 @@ def test_a_build_in_the_clone_hides_no_installed_library(tmp_path: Path, monkeyp
     (tmp_path / "site" / "ultra-0.1.0.dist-info" / "RECORD").write_text("ultra_kernels/__init__.py,,\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "clone"), str(tmp_path / "site")])
     assert _native.folders()[1:] == [tmp_path / "site" / "ultra_kernels"]
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if "triton" in op.names])
+def test_triton_kernels_refuse_what_they_would_round(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compute in float32, whatever they load."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert OPS[name].why_not("triton", torch.empty(4, 4, 4, 4)) is None
+    assert "not float64" in (OPS[name].why_not("triton", torch.empty(4, 4, 4, 4, dtype=torch.float64)) or "")

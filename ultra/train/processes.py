@@ -73,7 +73,7 @@ class Processes:
         if self.main:
             try:
                 answer[0] = work()
-            except Exception as error:  # raised below, here as elsewhere
+            except Exception as error:  # whatever it is: every process raises it below, none waits for this one
                 answer[1] = error
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
