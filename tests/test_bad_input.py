@@ -46,8 +46,7 @@ BAD = {
         ("{run} x --output no/such/folder/v.npy", "--output"),
     ],
     "export": [
-        ("{run} out", "required: --format"),
-        ("{run} --format ternary", "required: OUT"),
+        ("{run}", "required: OUT"),
         ("{run} --format onnx out", "invalid choice: 'onnx'"),
         ("nowhere --format ternary out", "no such folder"),
         ("{run} --format ternary out", "trained without BitNet"),

@@ -17,7 +17,9 @@ namespace ultra {
 
 constexpr int kNormWarps = 8;
 constexpr int kNormThreads = kNormWarps * kWarp;
-constexpr int kForwardRows = 4;   // rows in flight per warp: 64 bytes per thread, 64 KiB per multiprocessor at 4 blocks
+// Rows in flight per warp, forward: 64 bytes per thread, 64 KiB per multiprocessor at 4 blocks. With a residual, of x and
+// of it each: with more, bfloat16 spills.
+template <bool kResidual> constexpr int kForwardRows = kResidual ? 2 : 4;
 constexpr int kBackwardRows = 2;  // the same, of x and of dy each
 constexpr int kRowsPerBlock = kNormWarps * 4;  // the least; fewer would make the partial sums a burden on memory
 constexpr int64_t kMaxRowBlocks = 256;         // about two a multiprocessor for each tile of columns
@@ -50,18 +52,19 @@ __global__ void __launch_bounds__(kNormThreads, 3)
                         const float* bias, T* y, T* sum, int64_t rows, int64_t D) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const float a = *alpha, s = shift_of<F>(shift);
-    const int64_t first = (int64_t)blockIdx.x * (kNormWarps * kForwardRows) + warp;
+    constexpr int kRows = kForwardRows<kResidual>;
+    const int64_t first = (int64_t)blockIdx.x * (kNormWarps * kRows) + warp;
     for (int64_t d = ((int64_t)blockIdx.y * kWarp + lane) * N; d < D; d += (int64_t)gridDim.y * kWarp * N) {
         const auto w = load<N>(weight + d), b = load<N>(bias + d);
-        Vector<T, N> v[kForwardRows], more[kResidual ? kForwardRows : 1];
+        Vector<T, N> v[kRows], more[kResidual ? kRows : 1];
 #pragma unroll
-        for (int r = 0; r < kForwardRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
             const int64_t row = first + r * kNormWarps;
             if (row < rows) v[r] = load<N>(x + row * D + d);
             if (kResidual && row < rows) more[r] = load<N>(residual + row * D + d);
         }
 #pragma unroll
-        for (int r = 0; r < kForwardRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
             const int64_t row = first + r * kNormWarps;
             if constexpr (kResidual) {
                 v[r] = narrow<T>(sum_of(widen(v[r]), widen(more[r])));
@@ -187,7 +190,8 @@ template <typename F, typename T, int N>
 int launch_pointwise_norm(const void* x, const void* residual, const float* alpha, const float* shift,
                           const float* weight, const float* bias, void* y, void* s, int64_t rows, int64_t D,
                           void* stream) {
-    const dim3 grid((unsigned)ceil_div<int64_t>(rows, kNormWarps * kForwardRows),
+    const int rows_per_warp = residual ? kForwardRows<true> : kForwardRows<false>;
+    const dim3 grid((unsigned)ceil_div<int64_t>(rows, kNormWarps * rows_per_warp),
                     grid_y(ceil_div<int64_t>(D, kWarp * N)));
     return launch(residual ? pointwise_norm_rows<F, T, N, true> : pointwise_norm_rows<F, T, N, false>, grid,
                   kNormThreads, stream, (const T*)x, (const T*)residual, alpha, shift, weight, bias, (T*)y, (T*)s, rows,
