@@ -168,7 +168,7 @@ def test_one_kernel_serves_all_sizes_of_a_tile(monkeypatch: pytest.MonkeyPatch) 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(BackendUnavailable, match=r"not torch\.float64"):
+    with pytest.raises(BackendUnavailable, match="not float64"):
         ternary_linear(torch.zeros(2, 9).double(), packed(5, 9), backend="triton")
     with pytest.raises(BackendUnavailable, match=r"a bias of float32, bfloat16 or float16, not torch\.float64"):
         ternary_linear(torch.zeros(2, 9), packed(5, 9), torch.zeros(5).double(), backend="triton")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from .. import _native
-from .._dispatch import Op, define_differentiable, of_all, triton_why_not
+from .._dispatch import Op, define_differentiable, triton_why_not
 from . import reference
 
 
@@ -20,12 +20,16 @@ def _one_device(why_not: Callable[[torch.Tensor], str | None]) -> Callable[..., 
     """The reasons of `why_not`, and tensors of other dtypes than kernels read, on another device, or empty."""
 
     def limits(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
-        if (reason := of_all(why_not)(x, *tensors)) is not None:
+        if (reason := why_not(x)) is not None:
             return reason
-        for t in (x, *tensors):
-            if t is not None and t.device != x.device:
+        for t in tensors:
+            if t is None:
+                continue
+            if t.device != x.device:
                 return f"x is on {x.device}, another tensor on {t.device}; move it there"
-            if t is not None and t is not x and not t.numel():
+            if (reason := why_not(t)) is not None:
+                return reason
+            if not t.numel():
                 return "the weight is empty"
         return None
 
