@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from bench import i2s
 from ultra_kernels import PackedTernary, selective_scan, unpack_ternary
+from ultra_kernels.moe_ffn.reference import ACTIVATIONS
 
 
 def torch_layer_norm(x, weight, bias, eps=1e-5, residual=None):
@@ -130,6 +131,24 @@ def torch_softmax(q, k, v, *, scale=None, causal=False, cu_seqlens=None, **optio
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
+def loop_moe(
+    x, router_logits, w_in, w_out, *, top_k, activation, gated, normalize_gates=None, bitnet=False, **others
+):  # fmt: skip
+    """The usual loop over experts: each takes its tokens and adds its outputs to their rows."""
+    if bitnet or gated or others:
+        raise NotImplementedError("the loop: plain experts without biases, norm or BitNet")
+    gates, chosen = router_logits.float().softmax(-1).topk(top_k)
+    if normalize_gates or (normalize_gates is None and top_k > 1):
+        gates = gates / gates.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for e, (up, down) in enumerate(zip(w_in, w_out, strict=True)):
+        tokens, choice = (chosen == e).nonzero(as_tuple=True)
+        if len(tokens):
+            h = F.linear(ACTIVATIONS[activation](F.linear(x[tokens], up)), down)
+            y = y.index_add(0, tokens, (h * gates[tokens, choice, None]).to(x.dtype))
+    return y
+
+
 def liger_moe(
     x, router_logits, w_in, w_out, *, top_k, activation, gated, normalize_gates=None, bitnet=False, **others
 ):  # fmt: skip
@@ -226,7 +245,7 @@ PEERS: dict[str, dict[str, Callable[..., torch.Tensor | tuple[Any, ...]]]] = {
     "hope_attention": {"torch-softmax": torch_softmax},
     "layer_norm": {"torch": torch_layer_norm},
     "masked_linear_cross_entropy": {"liger-kernel": liger_cross_entropy, "torch": torch_cross_entropy},
-    "moe_ffn": {"liger-kernel": liger_moe},
+    "moe_ffn": {"liger-kernel": liger_moe, "loop": loop_moe},
     "retention": {"flash-linear-attention": fla_retention, "torch-eager": eager_retention},
     "selective_scan": {"loop": loop_selective_scan, "mamba-ssm": mamba_selective_scan},
     "sigmoid_attention": {"torch-softmax": torch_softmax},

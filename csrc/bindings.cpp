@@ -28,7 +28,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kAbi = 7;  // raised with every change of a signature below; _native.py refuses another number
+constexpr int kAbi = 8;  // raised with every change of a signature below; _native.py refuses another number
 
 namespace {
 
@@ -402,6 +402,25 @@ PYBIND11_MODULE(_C, m) {
         ultra::MoEGradients g{in(dy), dy_row, out(dx), fout(dgates), out(dw_in), out(dw_out), fout(db_in),
                               fout(db_out), fout(dsub_norm)};
         ULTRA_PICK(moe_backward)(p, g, fout(scratch), threads);
+    }, Nogil());
+
+    m.def("moe_route_scratch", [](int64_t tokens, int64_t experts) {
+        return ULTRA_PICK(moe_route_scratch)(tokens, experts);
+    });
+    py::class_<ultra::MoERouting>(m, "MoERouting")
+        .def(py::init([](std::array<int64_t, 3> n, bool normalize, Address logits, Address select_bias, Address gates,
+                         Address chosen) {
+            return ultra::MoERouting{n[0], n[1], n[2], normalize, fin(logits), fin(select_bias), fout(gates),
+                              ptr<int32_t>(chosen)};
+        }));
+    m.def("moe_route", [](const ultra::MoERouting& r, Address order, Address inverse, Address ends, Address counts,
+                          Address mean_prob, Address z, Address scratch, int threads) {
+        ULTRA_PICK(moe_route)(r, ptr<int64_t>(order), ptr<int64_t>(inverse), ptr<int64_t>(ends), ptr<int64_t>(counts),
+                              fout(mean_prob), fout(z), fout(scratch), threads);
+    }, Nogil());
+    m.def("moe_route_backward", [](const ultra::MoERouting& r, Address dgates, Address dmean_prob, float dz, Address dlogits,
+                                   Address scratch, int threads) {
+        ULTRA_PICK(moe_route_backward)(r, fin(dgates), fin(dmean_prob), dz, fout(dlogits), fout(scratch), threads);
     }, Nogil());
 
     py::class_<CrossEntropy>(m, "CrossEntropy")

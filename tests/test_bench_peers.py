@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultra_kernels import pack_ternary, ternary_linear, ternary_matmul, unpack_ternary
+from ultra_kernels import moe_ffn, pack_ternary, ternary_linear, ternary_matmul, unpack_ternary
 
 
 @pytest.fixture
@@ -27,6 +27,15 @@ def test_integer_peers_are_exact(bench_module, packed, name, M):
         pytest.skip(str(error))
     assert torch.equal(peers.PEERS["ternary_matmul"][name](x, prepared).int(), ternary_matmul(x, packed))
     torch.testing.assert_close(peers.PEERS["ternary_linear"][name](tokens, prepared), ternary_linear(tokens, packed))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_loop_over_experts(bench_module, top_k):
+    g = torch.Generator().manual_seed(1)
+    x, logits, w_in, w_out = (torch.randn(*shape, generator=g) for shape in ((9, 6), (9, 4), (4, 5, 6), (4, 6, 5)))
+    options = {"top_k": top_k, "activation": "gelu", "gated": False}
+    got = bench_module("peers").PEERS["moe_ffn"]["loop"](x, logits, w_in, w_out, **options)
+    torch.testing.assert_close(got, moe_ffn(x, logits, w_in, w_out, **options)[0])
 
 
 # int8pack multiplies in bfloat16: 2^-8 of results up to 40; float32 sums of 256 terms err by 1e-6 of them

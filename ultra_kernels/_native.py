@@ -17,7 +17,7 @@ import torch
 
 from ._version import __version__
 
-ABI = 7  # kAbi of csrc/bindings.cpp
+ABI = 8  # kAbi of csrc/bindings.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common/simd.h
 
 

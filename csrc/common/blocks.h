@@ -23,7 +23,7 @@ template <typename Word> static inline int64_t inner_step(int64_t n) {
 // Columns of a transposed left tile that lie together: whole rows of it would share few lines of the first cache.
 constexpr int64_t kPanel = 8 * kProductRows;
 
-// Where a product goes that is a part of a longer sum: to `sums`, whose rows are `row` apart, and the whole sum to `put`.
+// Where a product goes that is a part of a longer sum: to `sums`, whose rows are `row` apart; the whole sum to `put`.
 template <typename Put>
 static inline auto part_of_sum(bool first, bool last, float* sums, int64_t row, const Put& put) {
     return [=](int64_t i, int64_t j, vf x) {
@@ -46,8 +46,8 @@ template <typename T> static inline void store_up_to(T* p, vf x, int64_t n) {
 // Pairs (a[i], b[i]) of the first n <= 2 kLanes numbers, zeros after them and for a b that is not there.
 template <typename T> static inline void store_bits(Pair* to, const T* a, const T* b, int64_t n) {
 #if defined(__AVX512BF16__)
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __mmask32 some = n < 2 * kLanes ? (1u << n) - 1 : ~0u;
     const __m512i x = _mm512_maskz_loadu_epi16(some, a), y = _mm512_maskz_loadu_epi16(b ? some : 0, b);
     _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, low, y));
@@ -71,22 +71,41 @@ static inline void fill_words(int64_t rows, int64_t columns, Pair* to, int64_t t
             store(to + i / 2 * to_row + c, get(i, c), i + 1 < rows ? get(i + 1, c) : splat(0.0f));
 }
 
-// The same from rows of a matrix, `columns` of them; vectors are filled up with zeros.
-template <typename T>
-static inline void fill_rows(int64_t rows, int64_t columns, const T* from, int64_t from_row, float* to,
-                             int64_t to_row) {
+// The same from rows of `columns` numbers, row i at from(i); vectors are filled up with zeros.
+template <typename From>
+static inline void fill_rows(int64_t rows, int64_t columns, const From& from, float* to, int64_t to_row) {
     fill_words(rows, columns, to, to_row,
-               [&](int64_t i, int64_t c) { return load_up_to(from + i * from_row + c, columns - c); });
+               [&](int64_t i, int64_t c) { return load_up_to(from(i) + c, columns - c); });
 }
-template <typename T>
-static inline void fill_rows(int64_t rows, int64_t columns, const T* from, int64_t from_row, Pair* to,
+template <typename From>
+static inline void fill_rows(int64_t rows, int64_t columns, const From& from, Pair* to, int64_t to_row) {
+    for (int64_t i = 0; i < rows; i += 2, to += to_row) {
+        const auto *a = from(i), *b = i + 1 < rows ? from(i + 1) : nullptr;
+        for (int64_t c = 0; c < columns; c += 2 * kLanes) store_bits(to + c, a + c, b ? b + c : nullptr, columns - c);
+    }
+}
+template <typename T, typename Word>
+static inline void fill_rows(int64_t rows, int64_t columns, const T* from, int64_t from_row, Word* to,
                              int64_t to_row) {
-    for (int64_t i = 0; i < rows; i += 2, from += 2 * from_row, to += to_row)
-        for (int64_t c = 0; c < columns; c += 2 * kLanes)
-            store_bits(to + c, from + c, i + 1 < rows ? from + from_row + c : nullptr, columns - c);
+    fill_rows(rows, columns, [=](int64_t i) { return from + i * from_row; }, to, to_row);
 }
 
-// Asks for rows of a matrix that are needed after the next product.
+// multiply(...), and between its tiles meanwhile(begin, end) for all parts of [0, work): what the processor must wait for
+// if it is asked for all at once comes while the units are busy.
+template <typename Word, typename To, typename Meanwhile>
+static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor<Word>& a, const Word* b,
+                            int64_t b_row, const To& to, int64_t work, const Meanwhile& meanwhile) {
+    const int64_t tiles = blocks(rows, kProductRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t i = tile * kProductRows;
+        const int64_t begin = tile * work / tiles, end = (tile + 1) * work / tiles;
+        if (begin < end) meanwhile(begin, end);
+        multiply(at_most(rows - i, kProductRows), columns, inner, Factor<Word>{a.data + i * a.row, a.row, a.inner}, b,
+                 b_row, [&](int64_t r, int64_t c, vf x) { to(i + r, c, x); });
+    }
+}
+
+// Prefetches rows of a matrix.
 template <typename T>
 static inline void prefetch(int64_t rows, int64_t columns, const T* from, int64_t from_row) {
     constexpr int64_t line = 64 / sizeof(T);

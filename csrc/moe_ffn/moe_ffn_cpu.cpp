@@ -5,7 +5,6 @@
 #include "common/blocks.h"
 #include "common/gates.h"
 #include "common/parallel.h"
-#include "common/row_blocks.h"
 
 namespace ultra {
 namespace ULTRA_ISA {
@@ -60,19 +59,19 @@ struct Sections {
 
 // Scratch memory of a thread.
 struct Tiles {
-    float *out, *right, *left, *value, *slope;
+    float *out, *right, *left, *value, *slope;  // two of `right`: the next one is filled while products read one
 
     Tiles(float* scratch, int64_t F) {
         float* at = scratch + thread_index() * floats(F);
         out = at, at += kWeightRows * kWeightColumns;
-        right = at, at += kInner * kColumns;
+        right = at, at += 2 * kInner * kColumns;
         left = at, at += kInner * kWeightRows;
         value = at, at += moe_row(F);
         slope = at;
     }
     static int64_t floats(int64_t F) {
         static_assert(kTokenRows * kColumns <= kWeightRows * kWeightColumns, "`out` holds either block");
-        return kWeightRows * kWeightColumns + kInner * kColumns + kInner * kWeightRows + 2 * moe_row(F);
+        return kWeightRows * kWeightColumns + 2 * kInner * kColumns + kInner * kWeightRows + 2 * moe_row(F);
     }
 };
 
@@ -88,50 +87,109 @@ void fill_turned(int64_t rows, int64_t inner, const T* from, int64_t from_row, W
     transpose(rows, words<Word>(inner), spare, kInner, to);
 }
 
+// A part of a matrix that becomes a right tile: rows of `columns` numbers, or of `inner` if they are to be turned.
+template <bool turned, typename Word, typename T> struct Source {
+    const T* from;
+    int64_t row, columns, inner;
+
+    // A unit of work is a row of words, or as many of their columns as a line of cache holds.
+    static constexpr int64_t kUnit = turned ? 16 * kNumbers<Word> : kNumbers<Word>;
+    int64_t units() const { return blocks(inner, kUnit); }
+    // Asks for the same amount after it as well.
+    void fill(int64_t begin, int64_t end, Word* to, Word* spare) const {
+        const int64_t k = begin * kUnit, some = at_most(inner, end * kUnit) - k;
+        const int64_t ahead = at_most(inner - k - some, some);
+        Word* at = to + words<Word>(k) * padded(columns);
+        if (turned) {
+            prefetch(columns, ahead, from + k + some, row);
+            fill_turned(columns, some, from + k, row, at, spare);
+        } else {
+            prefetch(ahead, columns, from + (k + some) * row, row);
+            fill_rows(some, columns, from + k * row, row, at, padded(columns));
+        }
+    }
+};
+
 // to [slots, out] = left [slots, in] times the weights of each slot's expert, [out, in] if `turned`, else [in, out].
-template <bool turned, typename Word, typename T, typename To>
+// then(row, rows, column, columns): what becomes of a block of `to` while it is in the cache.
+struct Nothing {
+    void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+};
+template <bool turned, typename Word, typename T, typename To, typename Then = Nothing>
 void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in, const T* weights, const Axis& out,
-                   const float* bias, To* to, float* scratch, int64_t F, int threads) {
-    const int64_t across = blocks(out.length, kColumns), weights_row = turned ? in.length : out.length;
-    const int64_t step = inner_step<Word>(in.length);
-    parallel_for(of.count() * out.parts * across, threads, [&](int64_t i) {
+                   const float* bias, To* to, float* scratch, int64_t F, int threads, const Then& then = {}) {
+    const int64_t across = blocks(out.length, kColumns), tasks = of.count() * out.parts * across;
+    const int64_t step = inner_step<Word>(in.length), steps = blocks(in.length, step);
+    const auto source = [&](int64_t i, int64_t s) {
+        const int64_t expert = of.block(i / (out.parts * across)).expert, part = i / across % out.parts;
+        const int64_t j = i % across * kColumns, k = s % steps * step, row = turned ? in.length : out.length;
+        const int64_t down = turned ? part * out.length + j : s / steps * in.length + k, right = turned ? k : j;
+        return Source<turned, Word, T>{weights + expert * in.size() * out.size() + down * row + right, row,
+                                       at_most(out.length - j, kColumns), at_most(in.length - k, step)};
+    };
+    parallel_for_ahead(tasks, threads, [&](int64_t i, int64_t next, int64_t turn) {
         const auto block = of.block(i / (out.parts * across));
         const int64_t to_part = i / across % out.parts, j = i % across * kColumns;
         const int64_t columns = at_most(out.length - j, kColumns), wide = padded(columns);
         const Tiles tiles(scratch, F);
-        auto* right = (Word*)tiles.right;
-        const T* matrix = weights + block.expert * in.size() * out.size() +
-                          (turned ? (to_part * out.length + j) * weights_row : j);
+        Word *rights[2] = {(Word*)tiles.right, (Word*)tiles.right + kInner * kColumns}, *spare = (Word*)tiles.left;
         float add[kColumns] = {};
         if (bias) memcpy(add, bias + block.expert * out.size() + to_part * out.length + j, columns * sizeof(float));
         To* at = to + block.row * out.row() + to_part * moe_row(out.length) + j;
         const auto put = [&, at](int64_t r, int64_t c, vf x) { store(at + r * out.row() + c, x + load(add + c)); };
-        for (int64_t part = 0; part < in.parts; ++part) {
-            for (int64_t k = 0; k < in.length; k += step) {
-                const int64_t inner = at_most(in.length - k, step);
-                const T* from = matrix + (turned ? k : (part * in.length + k) * weights_row);
-                if (turned) fill_turned(columns, inner, from, weights_row, right, (Word*)tiles.left);
-                else fill_rows(inner, columns, from, weights_row, right, wide);
-                const auto* rows = (const Word*)(left + block.row * in.row() + part * moe_row(in.length) + k);
-                multiply(block.rows, columns, words<Word>(inner), Factor<Word>{rows, in.row() / kNumbers<Word>, 1},
-                         right, wide, part_of_sum(part + k == 0, part + 1 == in.parts && k + inner == in.length,
-                                                  tiles.out, kColumns, put));
-            }
+        const int64_t all = in.parts * steps;
+        for (int64_t s = 0; s < all; ++s) {
+            const auto from = source(i, s);
+            Word *right = rights[(turn * all + s) % 2], *other = rights[(turn * all + s + 1) % 2];
+            if (turn + s == 0) from.fill(0, from.units(), right, spare);
+            const bool last = s + 1 == all, more = !last || next < tasks;
+            const auto coming = more ? source(last ? next : i, last ? 0 : s + 1) : from;
+            const int64_t k = s / steps * moe_row(in.length) + s % steps * step;
+            const Factor<Word> rows{(const Word*)(left + block.row * in.row() + k), in.row() / kNumbers<Word>, 1};
+            multiply(block.rows, columns, words<Word>(from.inner), rows, right, wide,
+                     part_of_sum(s == 0, last, tiles.out, kColumns, put), more ? coming.units() : 0,
+                     [&](int64_t begin, int64_t end) { coming.fill(begin, end, other, spare); });
         }
         for (int64_t c = wide; c < at_most(moe_row(out.length) - j, kColumns); c += kLanes)
             for (int64_t r = 0; r < block.rows; ++r) store(at + r * out.row() + c, splat(0.0f));
+        then(block.row, block.rows, to_part * moe_row(out.length) + j, at_most(moe_row(out.length) - j, kColumns));
     });
 }
 
-// to [E, rows, columns] = the sum over each expert's slots of left [slots, rows] times right [slots, columns].
-template <typename Word, typename T>
-void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& rows, const Number<Word>* right,
+// Rows of a block of weights: with few slots the panels' memory holds more of them, for which right tiles are then filled
+// once. Their sums need no memory of their own.
+template <typename Word> int64_t block_rows(const Sections& of, bool tasks_abound) {
+    int64_t most = 1;
+    for (int64_t e = 0; e < of.experts; ++e) most = of.size(e) > most ? of.size(e) : most;
+    return tasks_abound && words<Word>(most) <= kInner ? kInner * kWeightRows / words<Word>(most) / kPanel * kPanel
+                                                       : kWeightRows;
+}
+
+// The row of each slot: its own, padded with zeros, or that of its token in x.
+template <typename N> struct OwnRows {
+    const N* data;
+    int64_t row;
+    const N* operator()(int64_t slot) const { return data + slot * row; }
+    static int64_t readable(int64_t n) { return padded(n); }
+};
+template <typename T> struct TokenRows {
+    const T* x;
+    const MoEProblem& p;
+    const T* operator()(int64_t slot) const { return x + p.order[slot] / p.top_k * p.x_row; }
+    static int64_t readable(int64_t n) { return n; }
+};
+
+// to [E, rows, columns] = the sum over each expert's slots of left [slots, rows] times the slot's row of `right`.
+template <typename Word, typename T, typename Right>
+void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& rows, const Right& right,
                     const Axis& columns, T* to, float* scratch, int64_t F, int threads) {
-    const int64_t down = blocks(rows.length, kWeightRows), across = blocks(columns.length, kWeightColumns);
+    const int64_t across = blocks(columns.length, kWeightColumns);
+    const int64_t high = block_rows<Word>(of, of.experts * rows.parts * across >= 4 * threads);
+    const int64_t down = blocks(rows.length, high);
     parallel_for(of.experts * rows.parts * down * across, threads, [&](int64_t i) {
         const int64_t e = i / (rows.parts * down * across), part = i / (down * across) % rows.parts;
-        const int64_t n = i / across % down * kWeightRows, k = i % across * kWeightColumns;
-        const int64_t some_rows = at_most(rows.length - n, kWeightRows);
+        const int64_t n = i / across % down * high, k = i % across * kWeightColumns;
+        const int64_t some_rows = at_most(rows.length - n, high);
         const int64_t some_columns = at_most(columns.length - k, kWeightColumns);
         T* at = to + (e * rows.size() + part * rows.length + n) * columns.length + k;
         if (!of.size(e)) {
@@ -145,11 +203,12 @@ void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& ro
             const int64_t slots = at_most(of.size(e) - s, step), inner = words<Word>(slots);
             const auto* from = left + (of.begin(e) + s) * rows.row() + part * moe_row(rows.length) + n;
             for (int64_t r = 0; r < some_rows; r += kPanel)
-                fill_rows(slots, padded(at_most(some_rows - r, kPanel)), from + r, rows.row(), panels + r * inner, kPanel);
+                fill_rows(slots, padded(at_most(some_rows - r, kPanel)), from + r, rows.row(), panels + r * inner,
+                          kPanel);
             for (int64_t j = 0; j < some_columns; j += kColumns) {
                 const int64_t few = at_most(some_columns - j, kColumns);
-                fill_rows(slots, padded(few), right + (of.begin(e) + s) * columns.row() + k + j, columns.row(), other,
-                          kColumns);
+                fill_rows(slots, right.readable(few), [&](int64_t i) { return right(of.begin(e) + s + i) + k + j; },
+                          other, kColumns);
                 for (int64_t r = 0; r < some_rows; r += kPanel) {
                     T* corner = at + r * columns.length + j;
                     const auto put = [=](int64_t i, int64_t c, vf x) {
@@ -180,12 +239,6 @@ void sum_slots(const MoEProblem& p, const N* from, const Axis& columns, const fl
             store_up_to(to + e * columns.size() + part * columns.length + c, sum, end - c);
         }
     });
-}
-
-// body(begin, end, block) for blocks of rows that depend on their number alone.
-template <typename Body> void for_row_blocks(int64_t rows, int threads, const Body& body) {
-    const int64_t n = row_blocks(rows);
-    parallel_for(n, threads, [&](int64_t i) { body(i * rows / n, (i + 1) * rows / n, i); });
 }
 
 // to [slots, D] = the token of each slot.
@@ -276,20 +329,34 @@ template <typename Word, typename T> void forward(const MoEProblem& p, T* y, flo
     float* rest = scratch + shape.slots * (shape.outer.row() + shape.inner.row());
     auto* hidden = (T*)p.hidden;
     gather_tokens(p, (const T*)p.x, p.x_row, x, threads);
-    multiply_rows<true, Word>(of, x, shape.outer, (const T*)p.w_in, shape.hidden, p.b_in, hidden, rest, p.F, threads);
-    with_activation(p.activation, [&](auto activation) {
-        for_row_blocks(shape.slots, threads, [&](int64_t begin, int64_t end, int64_t) {
-            const Tiles tiles(rest, p.F);
-            for (int64_t s = begin; s < end; ++s) {
-                const T* from = hidden + s * shape.hidden.row();
-                const float r = activate<decltype(activation)>(p, from, tiles.value, tiles.slope);
-                for (int64_t c = 0; c < p.F; c += kLanes) {
-                    const vf gain = p.sub_norm ? load_up_to(p.sub_norm + c, p.F - c) * r : splat(1.0f);
-                    store(inner + s * shape.inner.row() + c, load(tiles.value + c) * gain);
+    const bool alone = !p.gated && !p.sub_norm;  // an activation needs its own channel alone
+    const auto activate_block = [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+        if (!alone) return;
+        with_activation(p.activation, [&](auto activation) {
+            for (int64_t s = row; s < row + rows; ++s)
+                for (int64_t c = column; c < column + columns; c += kLanes) {
+                    vf value, slope;
+                    activation.at(load(hidden + s * shape.hidden.row() + c), value, slope);
+                    store(inner + s * shape.inner.row() + c, value);
                 }
-            }
         });
-    });
+    };
+    multiply_rows<true, Word>(of, x, shape.outer, (const T*)p.w_in, shape.hidden, p.b_in, hidden, rest, p.F, threads,
+                              activate_block);
+    const auto activate_row = [&](int64_t s, auto activation) {
+        const Tiles tiles(rest, p.F);
+        const float r = activate<decltype(activation)>(p, hidden + s * shape.hidden.row(), tiles.value, tiles.slope);
+        for (int64_t c = 0; c < p.F; c += kLanes) {
+            const vf gain = p.sub_norm ? load_up_to(p.sub_norm + c, p.F - c) * r : splat(1.0f);
+            store(inner + s * shape.inner.row() + c, load(tiles.value + c) * gain);
+        }
+    };
+    if (!alone)
+        with_activation(p.activation, [&](auto activation) {
+            for_row_blocks(shape.slots, threads, [&](int64_t begin, int64_t end, int64_t) {
+                for (int64_t s = begin; s < end; ++s) activate_row(s, activation);
+            });
+        });
     multiply_rows<true, Word>(of, inner, shape.inner, (const T*)p.w_out, shape.outer, p.b_out, x, rest, p.F, threads);
     sum_choices(p, x, p.gates, y, threads);
 }
@@ -370,11 +437,11 @@ void backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int th
     if (g.db_out) sum_slots(p, dy, shape.outer, p.gates, g.db_out, threads);
     if (g.db_in) sum_slots(p, dhidden, shape.hidden, nullptr, g.db_in, threads);
     if (g.dw_out)
-        multiply_slots<Word>(of, dy, shape.outer, inner, shape.inner, (T*)g.dw_out, rest, p.F, threads);
-    if (g.dw_in) {
-        gather_tokens(p, (const T*)p.x, p.x_row, x, threads);
-        multiply_slots<Word>(of, dhidden, shape.hidden, x, shape.outer, (T*)g.dw_in, rest, p.F, threads);
-    }
+        multiply_slots<Word>(of, dy, shape.outer, OwnRows<N>{inner, shape.inner.row()}, shape.inner, (T*)g.dw_out, rest,
+                             p.F, threads);
+    if (g.dw_in)
+        multiply_slots<Word>(of, dhidden, shape.hidden, TokenRows<T>{(const T*)p.x, p}, shape.outer, (T*)g.dw_in, rest,
+                             p.F, threads);
     if (g.dx) {
         multiply_rows<false, Word>(of, dhidden, shape.hidden, w_in, shape.outer, nullptr, x, rest, p.F, threads);
         sum_choices(p, x, nullptr, (T*)g.dx, threads);

@@ -56,8 +56,8 @@ def test_every_form_of_expert(isa: str, activation: str, dtype: torch.dtype) -> 
         check(draw(gated=gated, biases=biases, sub_norm=sub_norm, dtype=dtype, activation=activation))
 
 
-# Blocks of tokens are 512 rows, of columns 64, of a weight's gradient 192 × 256; sums take 512 words at a time, a word
-# being two numbers in bfloat16.
+# Blocks of tokens are 512 rows, of columns 64, of a weight's gradient 192 × 256, higher with few slots; sums take 512
+# words at a time, a word being two numbers in bfloat16.
 @pytest.mark.parametrize(
     ("T", "D", "F"),
     [
@@ -70,6 +70,7 @@ def test_every_form_of_expert(isa: str, activation: str, dtype: torch.dtype) -> 
         (511, 3, 5),
         (513, 48, 191),
         (3, 2051, 1030),
+        (300, 500, 800),
         (1100, 5, 49),
     ],
 )
@@ -104,15 +105,6 @@ def test_all_tokens_to_one_expert(dtype: torch.dtype) -> None:
     for name in ("w_in", "w_out", "b_in", "b_out"):
         (grad,) = torch.autograd.grad(y.sum(), inputs[name], retain_graph=True)
         assert not grad[[0, 1, 3]].any() and grad[2].any()
-
-
-def test_equal_logits_choose_as_the_reference_does() -> None:
-    inputs = draw(40, E=6, top_k=2)
-    with torch.no_grad():
-        inputs["router_logits"].zero_()
-    same = {b: moe_ffn(**inputs, backend=b) for b in ("native", "reference")}
-    assert torch.equal(same["native"][1].counts, same["reference"][1].counts)
-    torch.testing.assert_close(same["native"][0], same["reference"][0])
 
 
 @pytest.mark.parametrize("name", ["x", "w_in", "w_out", "b_in", "sub_norm"])

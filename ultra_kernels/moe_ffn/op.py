@@ -109,9 +109,11 @@ def route(
     router_logits: torch.Tensor, top_k: int, normalize_gates: bool, select_bias: torch.Tensor | None, backend: str
 ) -> tuple[Routes, MoEStats]:
     """Which tokens go where. Neither way has the host wait for a GPU."""
-    if backend != "triton" or router_logits.shape[1] > MAX_EXPERTS:
+    kernels = backend == "native" or (backend == "triton" and router_logits.shape[1] <= MAX_EXPERTS)
+    if not kernels or router_logits.dtype == torch.float64:
         return reference.route(router_logits, top_k, normalize_gates, select_bias)
-    gates, _, order, inverse, ends, *of_router = _route(router_logits.float(), select_bias, top_k, normalize_gates)
+    options = top_k, normalize_gates, backend
+    gates, _, order, inverse, ends, *of_router = _route(router_logits.float(), select_bias, *options)
     return Routes(gates, order, inverse, ends), MoEStats(*of_router)
 
 
@@ -183,11 +185,11 @@ _experts, _experts_backward = define_differentiable(
 )
 
 
-def _route_op(logits, select_bias, top_k, normalize):  # type: ignore[no-untyped-def]
-    return OP.module("triton").route(logits, select_bias, top_k, normalize)
+def _route_op(logits, select_bias, top_k, normalize, backend):  # type: ignore[no-untyped-def]
+    return OP.module(backend).route(logits, select_bias, top_k, normalize)
 
 
-def _route_fake(logits, select_bias, top_k, normalize):  # type: ignore[no-untyped-def]
+def _route_fake(logits, select_bias, top_k, normalize, backend):  # type: ignore[no-untyped-def]
     T, E = logits.shape
     return (
         logits.new_empty(T, top_k),
@@ -199,30 +201,30 @@ def _route_fake(logits, select_bias, top_k, normalize):  # type: ignore[no-untyp
 
 
 def _route_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    logits, _, _, ctx.normalize = inputs
+    logits, _, _, *ctx.options = inputs  # normalize, backend
     ctx.mark_non_differentiable(*output[1:6])
     ctx.save_for_backward(logits, output[1])
 
 
 def _route_gradients(ctx, dgates, *grads):  # type: ignore[no-untyped-def]
-    return _route_backward(dgates, *grads[-2:], *ctx.saved_tensors, ctx.normalize), None, None, None
+    return _route_backward(dgates, *grads[-2:], *ctx.saved_tensors, *ctx.options), *[None] * 4
 
 
-def _route_backward_op(dgates, dmean_prob, dz, logits, chosen, normalize):  # type: ignore[no-untyped-def]
-    return OP.module("triton").route_backward(dgates, dmean_prob, dz, logits, chosen, normalize)
+def _route_backward_op(dgates, dmean_prob, dz, logits, chosen, normalize, backend):  # type: ignore[no-untyped-def]
+    return OP.module(backend).route_backward(dgates, dmean_prob, dz, logits, chosen, normalize)
 
 
-# `reference.route` of float32 logits in kernels of the Triton backend.
+# `reference.route` of float32 logits in the kernels of a backend.
 _route, _route_backward = define_differentiable(
     # gates, chosen int32 [T, k], order, inverse, ends, counts, mean_prob, z
-    "moe_route(Tensor logits, Tensor? select_bias, int top_k, bool normalize) -> "
+    "moe_route(Tensor logits, Tensor? select_bias, int top_k, bool normalize, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "moe_route_backward(Tensor dgates, Tensor dmean_prob, Tensor dz, Tensor logits, Tensor chosen, bool normalize) -> "
-    "Tensor",
+    "moe_route_backward(Tensor dgates, Tensor dmean_prob, Tensor dz, Tensor logits, Tensor chosen, bool normalize, "
+    "str backend) -> Tensor",
     forward=_route_op,
     forward_fake=_route_fake,
     backward=_route_backward_op,
-    backward_fake=lambda dgates, dmean_prob, dz, logits, chosen, normalize: logits.new_empty(logits.shape),
+    backward_fake=lambda dgates, dmean_prob, dz, logits, *_: logits.new_empty(logits.shape),
     setup_context=_route_setup,
     gradients=_route_gradients,
 )
