@@ -202,9 +202,11 @@ void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& ro
         for (int64_t s = 0; s < of.size(e); s += step) {
             const int64_t slots = at_most(of.size(e) - s, step), inner = words<Word>(slots);
             const auto* from = left + (of.begin(e) + s) * rows.row() + part * moe_row(rows.length) + n;
-            for (int64_t r = 0; r < some_rows; r += kPanel)
-                fill_rows(slots, padded(at_most(some_rows - r, kPanel)), from + r, rows.row(), panels + r * inner,
-                          kPanel);
+            // a few slots at a time: the first cache holds them for all panels
+            for (int64_t i = 0; i < slots; i += 16)
+                for (int64_t r = 0; r < some_rows; r += kPanel)
+                    fill_rows(at_most(slots - i, 16), padded(at_most(some_rows - r, kPanel)), from + i * rows.row() + r,
+                              rows.row(), panels + r * inner + words<Word>(i) * kPanel, kPanel);
             for (int64_t j = 0; j < some_columns; j += kColumns) {
                 const int64_t few = at_most(some_columns - j, kColumns);
                 fill_rows(slots, right.readable(few), [&](int64_t i) { return right(of.begin(e) + s + i) + k + j; },
