@@ -1,4 +1,4 @@
-// Contract: ultra_kernels/moe_ffn/op.py, but for the routing: gates and the order of the tokens come in.
+// Contract: ultra_kernels/moe_ffn/op.py. The router and the experts are two calls: gates and the order come in between.
 #pragma once
 
 #include "common/isa.h"

@@ -366,7 +366,7 @@ CPP = [
         ("sum += dnorm[block", "sum = dnorm[block"),
     ),
     *of(
-        "csrc/moe_ffn/moe_route_cpu.cpp",
+        "csrc/moe_ffn/moe_ffn_cpu.cpp",
         "tests/ops/test_routes.py -k 'not baseline and not avx2'",
         ("return top + __builtin_logf(all)", "return __builtin_logf(all)"),
         ("select(x == splat(least), splat(0.0f), exp(x - top))", "exp(x - top)"),
