@@ -15,9 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from ultra.config.training import GROUPS
+from ultra.errors import UserError
 from ultra.train import checkpoint
 from ultra.train.metrics import read_rows
-from ultra.train.processes import Processes
+from ultra.train.processes import Processes, started_by_torchrun
 
 TIMES = {"tokens_per_s", "data_wait_ms", "eval_seconds"}
 
@@ -131,6 +132,13 @@ def test_what_several_processes_cannot_do_is_said(tmp_path: Path) -> None:
         start(settings(tmp_path, use_galore=True, galore_rank=8, galore_per_layer=True), tmp_path / "run", 2), 1
     )
     assert "galore_per_layer" in out and "exitcode  : 2" in out and "Traceback" not in out.split("torch/distributed")[0]
+
+
+@pytest.mark.parametrize("size", ["two", "", "-1"])
+def test_a_world_size_that_is_none_is_said(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        started_by_torchrun()
 
 
 def test_one_process_alone_gets_what_it_gives() -> None:

@@ -133,7 +133,11 @@ def joined(device: torch.device) -> Iterator[Processes]:
 
 
 def started_by_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun's variables say that there are several processes. Raises UserError."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise UserError(f"WORLD_SIZE={size!r} must be a whole number, as torchrun sets it; unset it for one process")
+    return int(size) > 1
 
 
 def own_device(device: torch.device) -> torch.device:
