@@ -33,9 +33,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET=1: kernels are Python functions"
-)
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: kernels are Python functions", allow_module_level=True)
 
 # Bytes of shared memory that one program may have (CUDA programming guide, "maximum per thread block").
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
