@@ -411,15 +411,15 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init([](std::array<int64_t, 3> n, bool normalize, Address logits, Address select_bias, Address gates,
                          Address chosen) {
             return ultra::MoERouting{n[0], n[1], n[2], normalize, fin(logits), fin(select_bias), fout(gates),
-                              ptr<int32_t>(chosen)};
+                                     ptr<int32_t>(chosen)};
         }));
     m.def("moe_route", [](const ultra::MoERouting& r, Address order, Address inverse, Address ends, Address counts,
                           Address mean_prob, Address z, Address scratch, int threads) {
         ULTRA_PICK(moe_route)(r, ptr<int64_t>(order), ptr<int64_t>(inverse), ptr<int64_t>(ends), ptr<int64_t>(counts),
                               fout(mean_prob), fout(z), fout(scratch), threads);
     }, Nogil());
-    m.def("moe_route_backward", [](const ultra::MoERouting& r, Address dgates, Address dmean_prob, float dz, Address dlogits,
-                                   Address scratch, int threads) {
+    m.def("moe_route_backward", [](const ultra::MoERouting& r, Address dgates, Address dmean_prob, float dz,
+                                   Address dlogits, Address scratch, int threads) {
         ULTRA_PICK(moe_route_backward)(r, fin(dgates), fin(dmean_prob), dz, fout(dlogits), fout(scratch), threads);
     }, Nogil());
 

@@ -5,7 +5,6 @@
 #include "common/blocks.h"
 #include "common/codes.h"
 #include "common/parallel.h"
-#include "common/row_blocks.h"
 
 namespace ultra {
 namespace ULTRA_ISA {
@@ -132,10 +131,10 @@ template <typename T>
 void norm_backward(const float* grad, const T* x, int64_t x_row, const float* rstd, const float* weight, int64_t M,
                    int64_t K, T* dx, float* dweight, float* parts, int threads) {
     const int64_t blocks = row_blocks(M);
-    parallel_for(blocks, threads, [&](int64_t block) {
+    for_row_blocks(M, threads, [&](int64_t begin, int64_t end, int64_t block) {
         float* sums = parts + block * K;
         for (int64_t k = 0; k < K; ++k) sums[k] = 0.0f;
-        for (int64_t m = block * M / blocks; m < (block + 1) * M / blocks; ++m) {
+        for (int64_t m = begin; m < end; ++m) {
             const float* g = grad + m * K;
             const T* from = x + m * x_row;
             const float r = rstd[m];

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/parallel.h"
-#include "common/row_blocks.h"
 #include "common/simd.h"
 
 namespace ultra {

@@ -32,11 +32,10 @@ static void pointwise_norm_rows_backward(const T* dy, const T* ds, const T* x, f
                                          float* scratch, int64_t rows, int64_t D, int threads) {
     int64_t blocks = row_blocks(rows);
     int64_t stride = 2 * D + 2;
-    parallel_for(blocks, threads, [&](int64_t block) {
+    for_row_blocks(rows, threads, [&](int64_t begin, int64_t end, int64_t block) {
         float* dw = scratch + block * stride;
         float* db = dw + D;
         for (int64_t i = 0; i < stride; ++i) dw[i] = 0.0f;
-        int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
         double alpha_sum = 0.0, shift_sum = 0.0;  // one number over rows * D terms: float32 would lose digits
         for (int64_t row = begin; row < end; ++row) {
             const T* g_row = dy + row * D;

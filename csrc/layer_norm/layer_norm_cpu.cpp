@@ -90,16 +90,15 @@ static inline void backward_row(const T* dy, const T* ds, const T* x, const floa
 template <typename T>
 static void backward(const T* dy, const T* ds, const T* x, const float* stats, const float* weight, T* dx,
                      float* dweight, float* dbias, float* scratch, int64_t rows, int64_t D, int threads) {
-    const int64_t blocks = row_blocks(rows);
-    parallel_for(blocks, threads, [&](int64_t block) {
+    for_row_blocks(rows, threads, [&](int64_t begin, int64_t end, int64_t block) {
         float* dw = scratch + block * 2 * D;
         for (int64_t i = 0; i < 2 * D; ++i) dw[i] = 0.0f;
-        for (int64_t row = rows * block / blocks; row < rows * (block + 1) / blocks; ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             const int64_t at = row * D;
             backward_row(dy + at, ds ? ds + at : nullptr, x + at, stats + 3 * row, weight, dx + at, dw, dw + D, D);
         }
     });
-    sum_blocks(scratch, blocks, 2 * D, dweight, dbias, D);
+    sum_blocks(scratch, row_blocks(rows), 2 * D, dweight, dbias, D);
 }
 
 void layer_norm_forward(const void* x, const void* residual, const float* weight, const float* bias, void* y, void* s,

@@ -52,12 +52,12 @@ ULTRA_FOR_EACH_ISA(
     int64_t moe_backward_scratch(const MoEProblem& p, int threads);
 
     void moe_forward(const MoEProblem& p, void* y, float* scratch, int threads);
+    void moe_backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int threads);
+
     // mean_prob [experts], z [1]; the others as in MoEProblem, counts [experts].
     int64_t moe_route_scratch(int64_t tokens, int64_t experts);
     void moe_route(const MoERouting& r, int64_t* order, int64_t* inverse, int64_t* ends, int64_t* counts,
                    float* mean_prob, float* z, float* scratch, int threads);
     void moe_route_backward(const MoERouting& r, const float* dgates, const float* dmean_prob, float dz, float* dlogits,
                             float* scratch, int threads);
-
-    void moe_backward(const MoEProblem& p, const MoEGradients& g, float* scratch, int threads);
 )

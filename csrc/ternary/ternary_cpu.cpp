@@ -5,7 +5,6 @@
 
 #include "common/codes.h"
 #include "common/parallel.h"
-#include "common/row_blocks.h"
 
 namespace ultra {
 namespace ULTRA_ISA {
@@ -425,8 +424,7 @@ void quantize_weight(const T* weight, int64_t N, int64_t K, bool median, float* 
     double sums[kMostRowBlocks];
     threads = threads_for(N * K / 4, threads);
     if (!median) {
-        parallel_for(parts, threads, [&](int64_t i) {
-            const int64_t begin = i * N / parts, end = (i + 1) * N / parts;
+        for_row_blocks(N, threads, [&](int64_t begin, int64_t end, int64_t i) {
             sums[i] = sum_of_magnitudes(weight + begin * K, (end - begin) * K);
         });
         double whole = 0;
