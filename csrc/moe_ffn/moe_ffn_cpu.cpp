@@ -464,8 +464,7 @@ float softmax(const float* logits, int64_t n, float* p) {
     for (int64_t c = 0; c < n; c += kLanes) most = max(most, at(c));
     const float top = max_lane(most);
     for (int64_t c = 0; c < n; c += kLanes) {
-        vf x = at(c);
-        x = select(x == splat(least), splat(0.0f), exp(x - top));
+        const vf x = exp(at(c) - top);
         store(p + c, x);
         total += x;
     }
