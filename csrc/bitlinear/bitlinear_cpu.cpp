@@ -73,11 +73,11 @@ void dx_block(const OutputGradient& dy, int64_t m, int64_t rows, const TernaryMa
     for (int64_t n = 0; n < w.N; n += step) {
         const int64_t inner = at_most(w.N - n, step);
         unpack(w, n, inner, k, columns, weights);
-        fill_words(inner, padded(columns), (Word*)tiles.right, kColumns,
-                   [&](int64_t i, int64_t c) { return widen(weights + i * kColumns + c); });
+        const Stripes<Word> right{(Word*)tiles.right, words<Word>(inner), columns};
+        fill_words(inner, right, [&](int64_t i, int64_t c) { return widen(weights + i * kColumns + c); });
         const Word* left = (const Word*)dy.data + (m * dy.row + n) / kNumbers<Word>;
-        multiply(rows, columns, words<Word>(inner), Factor<Word>{left, dy.row / kNumbers<Word>, 1}, (Word*)tiles.right,
-                 kColumns, part_of_sum(n == 0, n + inner == w.N, tiles.out, kColumns, put));
+        multiply(rows, words<Word>(inner), Factor<Word>{left, dy.row / kNumbers<Word>}, right, 0,
+                 part_of_sum(n == 0, n + inner == w.N, tiles.out, kColumns, put));
     }
 }
 
@@ -92,7 +92,7 @@ template <typename Word, typename T>
 void dweight_block(const T* dy, int64_t dy_row, int64_t n, int64_t rows, const Int8Rows& x, int64_t k, int64_t K,
                    const Tiles& tiles, float* dweight) {
     const int64_t columns = at_most(K - k, kWeightColumns), step = inner_step<Word>(x.M);
-    auto *panels = (Word*)tiles.left, *right = (Word*)tiles.right;
+    auto* panels = (Word*)tiles.left;
     for (int64_t m = 0; m < x.M; m += step) {
         const int64_t some = at_most(x.M - m, step), inner = words<Word>(some);
         for (int64_t r = 0; r < rows; r += kPanel)
@@ -101,15 +101,16 @@ void dweight_block(const T* dy, int64_t dy_row, int64_t n, int64_t rows, const I
             });
         for (int64_t j = 0; j < columns; j += kColumns) {
             const int64_t few = at_most(columns - j, kColumns);
-            fill_words(some, padded(few), right, kColumns, [&](int64_t i, int64_t c) {
+            const Stripes<Word> right{(Word*)tiles.right, inner, few};
+            fill_words(some, right, [&](int64_t i, int64_t c) {
                 return widen_up_to(x.codes + (m + i) * K + k + j + c, few - c);
             });
             for (int64_t r = 0; r < rows; r += kPanel) {
                 float* corner = dweight + (n + r) * K + k + j;
                 const auto put = [=](int64_t i, int64_t c, vf sum) { store_up_to(corner + i * K + c, sum, few - c); };
-                multiply(at_most(rows - r, kPanel), few, inner, Factor<Word>{panels + r * inner, 1, kPanel}, right,
-                         kColumns, part_of_sum(m == 0, m + some == x.M, tiles.out + r * kWeightColumns + j,
-                                               kWeightColumns, put));
+                multiply(at_most(rows - r, kPanel), inner, Turned<Word>{panels + r * inner, kPanel}, right, 0,
+                         part_of_sum(m == 0, m + some == x.M, tiles.out + r * kWeightColumns + j, kWeightColumns,
+                                     put));
             }
         }
     }

@@ -20,6 +20,24 @@ template <typename Word> static inline int64_t inner_step(int64_t n) {
     return parts > 1 ? (blocks(n, parts) + 31) / 32 * 32 : n;
 }
 
+// A right tile [height, columns] of words, in stripes of as many columns as one product takes, each below the one before:
+// what it reads then lies together. In rows of 256 bytes it would share a quarter of the first cache's lines.
+constexpr int64_t kStripe = kProductVectors * kLanes;
+static_assert(kColumns % kStripe == 0, "a tile's memory is whole stripes");
+
+template <typename Word> struct Stripes {
+    Word* data;
+    int64_t height, columns;
+
+    // body(column, columns, words of row k, their width) for every stripe.
+    template <typename Body> void each(int64_t k, const Body& body) const {
+        for (int64_t j = 0; j < columns; j += kStripe) {
+            const int64_t some = at_most(columns - j, kStripe), width = padded(some);
+            body(j, some, data + j * height + k * width, width);
+        }
+    }
+};
+
 // Columns of a transposed left tile that lie together: whole rows of it would share few lines of the first cache.
 constexpr int64_t kPanel = 8 * kProductRows;
 
@@ -71,6 +89,13 @@ static inline void fill_words(int64_t rows, int64_t columns, Pair* to, int64_t t
             store(to + i / 2 * to_row + c, get(i, c), i + 1 < rows ? get(i + 1, c) : splat(0.0f));
 }
 
+template <typename Word, typename Get>
+static inline void fill_words(int64_t rows, const Stripes<Word>& to, const Get& get) {
+    to.each(0, [&](int64_t j, int64_t, Word* at, int64_t width) {
+        fill_words(rows, width, at, width, [&](int64_t i, int64_t c) { return get(i, j + c); });
+    });
+}
+
 // The same from rows of `columns` numbers, row i at from(i); vectors are filled up with zeros.
 template <typename From>
 static inline void fill_rows(int64_t rows, int64_t columns, const From& from, float* to, int64_t to_row) {
@@ -90,19 +115,34 @@ static inline void fill_rows(int64_t rows, int64_t columns, const T* from, int64
     fill_rows(rows, columns, [=](int64_t i) { return from + i * from_row; }, to, to_row);
 }
 
-// multiply(...), and between its tiles meanwhile(begin, end) for all parts of [0, work): what the processor must wait for
-// if it is asked for all at once comes while the units are busy.
-template <typename Word, typename To, typename Meanwhile>
-static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor<Word>& a, const Word* b,
-                            int64_t b_row, const To& to, int64_t work, const Meanwhile& meanwhile) {
+// To rows of stripes, the first at row k.
+template <typename Word, typename From>
+static inline void fill_rows(int64_t rows, int64_t columns, const From& from, const Stripes<Word>& to, int64_t k = 0) {
+    to.each(k, [&](int64_t j, int64_t, Word* at, int64_t width) {
+        fill_rows(rows, at_most(columns - j, kStripe), [&](int64_t i) { return from(i) + j; }, at, width);
+    });
+}
+
+// to [rows, b.columns] = a [rows, inner] b from its row k on. Before every few rows meanwhile(begin, end), for all parts
+// of [0, work): what the processor must wait for if it is asked for all at once comes while the units are busy.
+template <bool turned, typename Word, typename To, typename Meanwhile>
+static inline void multiply(int64_t rows, int64_t inner, const Factor<Word, turned>& a, const Stripes<Word>& b,
+                            int64_t k, const To& to, int64_t work, const Meanwhile& meanwhile) {
     const int64_t tiles = blocks(rows, kProductRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t i = tile * kProductRows;
         const int64_t begin = tile * work / tiles, end = (tile + 1) * work / tiles;
         if (begin < end) meanwhile(begin, end);
-        multiply(at_most(rows - i, kProductRows), columns, inner, Factor<Word>{a.data + i * a.row, a.row, a.inner}, b,
-                 b_row, [&](int64_t r, int64_t c, vf x) { to(i + r, c, x); });
+        b.each(k, [&](int64_t j, int64_t columns, const Word* right, int64_t width) {
+            multiply(at_most(rows - i, kProductRows), columns, inner, a.from(i), right, width,
+                     [&](int64_t r, int64_t c, vf x) { to(i + r, j + c, x); });
+        });
     }
+}
+template <bool turned, typename Word, typename To>
+static inline void multiply(int64_t rows, int64_t inner, const Factor<Word, turned>& a, const Stripes<Word>& b,
+                            int64_t k, const To& to) {
+    multiply(rows, inner, a, b, k, to, 0, [](int64_t, int64_t) {});
 }
 
 // Prefetches rows of a matrix.

@@ -52,11 +52,14 @@ static inline void store(Pair*, vf, vf) { __builtin_trap(); }
 static inline vf multiply_add(Pair, vf, vf) { __builtin_trap(); }
 #endif
 
-// The left factor: word (i, k) is data[i * row + k * inner]. A transposed tile has row = 1.
-template <typename Word> struct Factor {
+// The left factor: word (i, k) is data[i * row + k], or data[i + k * row] of a turned one.
+template <typename Word, bool turned = false> struct Factor {
     const Word* data;
-    int64_t row, inner;
+    int64_t row;
+
+    Factor from(int64_t i) const { return {data + i * (turned ? 1 : row), row}; }
 };
+template <typename Word> using Turned = Factor<Word, true>;
 
 // Where the product goes: element (i, j) is multiplied by by_row[i] and by_distance[j - i] where there are such, then
 // added to data[i * row + j] or stored there. Anything that is called with (i, j, vector of elements) can stand for it.
@@ -79,19 +82,26 @@ template <typename T> static inline Product<T> product(T* data, int64_t row, con
     return {data, row, false, nullptr, by_distance};
 }
 
-template <int rows, int vectors, typename Word, typename To>
-static inline void multiply_tile(int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row, const To& to,
-                                 int64_t i, int64_t j) {
+template <int rows, int vectors, bool turned, typename Word, typename To>
+static inline void multiply_tile(int64_t inner, const Factor<Word, turned>& a, const Word* b, int64_t b_row,
+                                 const To& to, int64_t i, int64_t j) {
     vf sum[rows][vectors];
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) sum[r][v] = splat(0.0f);
-    const Word* left = a.data + i * a.row;
-    const Word* right = b + j;
-    for (int64_t k = 0; k < inner; ++k, left += a.inner, right += b_row) {
+    // Two pointers for six rows, each of which is then one address of an instruction. The compiler, if it saw through
+    // them, would keep six distances, and read four of them from the stack for every k.
+    constexpr int half = rows > 3 ? 3 : rows;
+    const Word *low = a.from(i).data, *high = a.from(i + half).data, *right = b + j;
+    asm("" : "+r"(low), "+r"(high));
+    const int64_t down = turned ? 1 : a.row, along = turned ? a.row : 1;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < inner; ++k, low += along, high += along, right += b_row) {
         decltype(load(right)) x[vectors];
         for (int v = 0; v < vectors; ++v) x[v] = load(right + v * kLanes);
-        for (int r = 0; r < rows; ++r)
-            for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(left[r * a.row], x[v], sum[r][v]);
+        for (int r = 0; r < rows; ++r) {
+            const Word left = r < half ? low[r * down] : high[(r - half) * down];
+            for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(left, x[v], sum[r][v]);
+        }
     }
     // Through memory: whatever `to` does, the sums above stay in registers.
     alignas(sizeof(vf)) float whole[rows * vectors * kLanes];
@@ -103,9 +113,9 @@ static inline void multiply_tile(int64_t inner, const Factor<Word>& a, const Wor
         for (int v = 0; v < vectors; ++v) to(i + r, j + v * kLanes, load(whole + (r * vectors + v) * kLanes));
 }
 
-template <int vectors, typename Word, typename To>
-static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Word>& a, const Word* b, int64_t b_row,
-                                    const To& to, int64_t j) {
+template <int vectors, bool turned, typename Word, typename To>
+static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Word, turned>& a, const Word* b,
+                                    int64_t b_row, const To& to, int64_t j) {
     int64_t i = 0;
     for (; i + kProductRows <= rows; i += kProductRows)
         multiply_tile<kProductRows, vectors>(inner, a, b, b_row, to, i, j);
@@ -119,8 +129,8 @@ static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Wo
 }
 
 // to [rows, columns] = a [rows, inner] b [inner, columns]; `inner` counts words, b's rows are b_row words apart.
-template <typename Word, typename To>
-static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor<Word>& a, const Word* b,
+template <bool turned, typename Word, typename To>
+static inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Factor<Word, turned>& a, const Word* b,
                             int64_t b_row, const To& to) {
     int64_t j = 0;
     for (; j + kProductVectors * kLanes <= padded(columns); j += kProductVectors * kLanes)
@@ -164,8 +174,8 @@ template <typename Word> struct Tile {
     int64_t down_row() const { return padded(columns); }
     auto* rows() const { return numbers(along); }  // rows of numbers, rows_row() apart
     int64_t rows_row() const { return along_row() * kNumbers<Word>; }
-    Factor<Word> left() const { return {along, along_row(), 1}; }
-    Factor<Word> left_turned() const { return {down, 1, down_row()}; }
+    Factor<Word> left() const { return {along, along_row()}; }
+    Turned<Word> left_turned() const { return {down, down_row()}; }
 };
 
 // Rows [rows, columns], times by_row[i] where there is such, as a tile's `down`; the padding of `from` is finite.

@@ -82,6 +82,9 @@ template <typename Word> struct Shared {
         dx = take(all ? s.sections * s.rows * s.dx_row : 0);
         dweight = take(all && g.dweight_dtype != kFloat32 && s.rows < p.rows ? s.V * s.D : 0);
     }
+    Stripes<Word> panel(const Shape<Word>& s, int64_t j, int64_t columns) const {
+        return {x_panels + j * words<Word>(s.rows), words<Word>(s.rows), columns};
+    }
 };
 
 // Scratch memory of a thread.
@@ -113,14 +116,14 @@ void fill_along(int64_t columns, const T* from, Word* to) {
     for (int64_t c = 0; c < columns; c += kLanes) store(numbers(to) + c, load_up_to(from + c, columns - c));
 }
 
-// Rows of numbers as a right factor: neighbours in a column make a pair, to which float32 is rounded.
+// Rows of numbers as a right tile: neighbours in a column make a pair, to which float32 is rounded.
 template <typename Word, typename T>
-void fill_right(int64_t rows, int64_t columns, const T* from, int64_t from_row, Word* to) {
+void fill_right(const T* from, int64_t from_row, int64_t rows, const Stripes<Word>& to) {
     if constexpr (sizeof(T) * kNumbers<Word> > sizeof(Word))
-        fill_words(rows, columns, to, kColumns,
-                   [&](int64_t i, int64_t c) { return load_up_to(from + i * from_row + c, columns - c); });
+        fill_words(rows, to,
+                   [&](int64_t i, int64_t c) { return load_up_to(from + i * from_row + c, to.columns - c); });
     else
-        fill_rows(rows, columns, from, from_row, to, kColumns);
+        fill_rows(rows, to.columns, [=](int64_t i) { return from + i * from_row; }, to);
 }
 
 // The labelled rows of hidden in the layouts of their three uses.
@@ -136,13 +139,15 @@ void lay_out(const CrossEntropyProblem& p, const Shape<Word>& s, const int64_t* 
             else if (p.hidden_dtype == kBFloat16) fill_along(s.D, (const BF16*)p.hidden + from, x);
             else fill_along(s.D, (const FP16*)p.hidden + from, x);
         }
-        transpose(some, words<Word>(s.D), to.x + i * s.x_row, s.x_row, to.x_turned + i * words<Word>(s.D));
+        const Stripes<Word> turned{to.x_turned + i * words<Word>(s.D), words<Word>(s.D), some};
+        turned.each(0, [&](int64_t j, int64_t few, Word* at, int64_t) {
+            transpose(few, words<Word>(s.D), to.x + (i + j) * s.x_row, s.x_row, at);
+        });
     });
     if (!to.x_panels) return;
     parallel_for(blocks(s.D, kColumns), threads, [&](int64_t panel) {
-        const int64_t j = panel * kColumns;
-        fill_rows(rows, at_most(s.D - j, kColumns), numbers(to.x) + j, s.x_row * kNumbers<Word>,
-                  to.x_panels + j * words<Word>(s.rows), kColumns);
+        const int64_t j = panel * kColumns, some = at_most(s.D - j, kColumns);
+        fill_rows(rows, some, [&](int64_t i) { return numbers(to.x + i * s.x_row) + j; }, to.panel(s, j, some));
     });
 }
 
@@ -175,11 +180,11 @@ void logits(const CrossEntropyProblem& p, const Shape<Word>& s, const int64_t* l
         for (int64_t c = 0; c < classes; ++c)
             fill_along(s.D, (const T*)p.weight + (first + c) * p.weight_row, own.left + c * s.x_row);
         for (int64_t i = 0; i < rows; i += kColumns) {
-            const int64_t some = at_most(rows - i, kColumns), wide = padded(some);
-            const Word* right = shared.x_turned + i * inner;
+            const int64_t some = at_most(rows - i, kColumns);
+            const Stripes<Word> right{shared.x_turned + i * inner, inner, some};
             for (int64_t k = 0; k < inner; k += kInner)
-                multiply(classes, some, at_most(inner - k, kInner), Factor<Word>{own.left + k, s.x_row, 1},
-                         right + k * wide, wide, Product<float>{own.out, kColumns, k > 0});
+                multiply(classes, at_most(inner - k, kInner), Factor<Word>{own.left + k, s.x_row}, right, k,
+                         Product<float>{own.out, kColumns, k > 0});
             auto* kept = shared.kept ? numbers(shared.kept) + first * s.kept_row + i : nullptr;
             exponentials(classes, some, own.out, bias, shared.top + tile * s.lanes + i,
                          shared.sums + tile * s.lanes + i, kept, s.kept_row);
@@ -276,21 +281,20 @@ void gradients(const CrossEntropyProblem& p, const CrossEntropyGradients& g, con
             dlogits(p, s, p.labelled + begin, rows, tile, shared, own, dl, g.dbias, begin > 0);
             for (int64_t j = 0; j < s.D; j += kColumns) {
                 const int64_t some = at_most(s.D - j, kColumns), at = first * s.D + j;
-                const Word* x = shared.x_panels + j * words<Word>(s.rows);
                 const T* weights = (const T*)p.weight + first * p.weight_row + j;
                 float* dx = shared.dx + section * rows * s.dx_row + j;
                 prefetch(classes, some, weights, p.weight_row);
                 for (int64_t k = 0; k < inner; k += step)
-                    multiply(classes, some, at_most(inner - k, step),
-                             Factor<Word>{dl.along + k, dl.along_row(), 1}, x + k * kColumns, kColumns,
-                             Product<float>{own.out, kColumns, k > 0});
+                    multiply(classes, at_most(inner - k, step), Factor<Word>{dl.along + k, dl.along_row()},
+                             shared.panel(s, j, some), k, Product<float>{own.out, kColumns, k > 0});
                 const float* before = begin > 0 ? sums + at : nullptr;
                 if (last && g.dweight_dtype != kFloat32)
                     store_panel(classes, some, own.out, before, (BF16*)g.dweight + at, s.D);
                 else
                     store_panel(classes, some, own.out, before, sums + at, s.D);
-                fill_right(classes, some, weights, p.weight_row, own.right);
-                multiply(rows, some, words<Word>(classes), dl.left_turned(), own.right, kColumns,
+                const Stripes<Word> right{own.right, words<Word>(classes), some};
+                fill_right(weights, p.weight_row, classes, right);
+                multiply(rows, words<Word>(classes), dl.left_turned(), right, 0,
                          Product<float>{dx, s.dx_row, tile > begin_tile});
             }
         }

@@ -99,15 +99,17 @@ template <bool turned, typename Word, typename T> struct Source {
     void fill(int64_t begin, int64_t end, Word* to, Word* spare) const {
         const int64_t k = begin * kUnit, some = at_most(inner, end * kUnit) - k;
         const int64_t ahead = at_most(inner - k - some, some);
-        Word* at = to + words<Word>(k) * padded(columns);
         if (turned) {
             prefetch(columns, ahead, from + k + some, row);
-            fill_turned(columns, some, from + k, row, at, spare);
+            stripes(to).each(words<Word>(k), [&](int64_t j, int64_t few, Word* at, int64_t) {
+                fill_turned(few, some, from + j * row + k, row, at, spare);
+            });
         } else {
             prefetch(ahead, columns, from + (k + some) * row, row);
-            fill_rows(some, columns, from + k * row, row, at, padded(columns));
+            fill_rows(some, columns, [&](int64_t i) { return from + (k + i) * row; }, stripes(to), words<Word>(k));
         }
     }
+    Stripes<Word> stripes(Word* tile) const { return {tile, words<Word>(inner), columns}; }
 };
 
 // to [slots, out] = left [slots, in] times the weights of each slot's expert, [out, in] if `turned`, else [in, out].
@@ -145,8 +147,8 @@ void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in,
             const bool last = s + 1 == all, more = !last || next < tasks;
             const auto coming = more ? source(last ? next : i, last ? 0 : s + 1) : from;
             const int64_t k = s / steps * moe_row(in.length) + s % steps * step;
-            const Factor<Word> rows{(const Word*)(left + block.row * in.row() + k), in.row() / kNumbers<Word>, 1};
-            multiply(block.rows, columns, words<Word>(from.inner), rows, right, wide,
+            const Factor<Word> rows{(const Word*)(left + block.row * in.row() + k), in.row() / kNumbers<Word>};
+            multiply(block.rows, words<Word>(from.inner), rows, from.stripes(right), 0,
                      part_of_sum(s == 0, last, tiles.out, kColumns, put), more ? coming.units() : 0,
                      [&](int64_t begin, int64_t end) { coming.fill(begin, end, other, spare); });
         }
@@ -209,16 +211,17 @@ void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& ro
                               rows.row(), panels + r * inner + words<Word>(i) * kPanel, kPanel);
             for (int64_t j = 0; j < some_columns; j += kColumns) {
                 const int64_t few = at_most(some_columns - j, kColumns);
+                const Stripes<Word> tile{other, inner, few};
                 fill_rows(slots, right.readable(few), [&](int64_t i) { return right(of.begin(e) + s + i) + k + j; },
-                          other, kColumns);
+                          tile);
                 for (int64_t r = 0; r < some_rows; r += kPanel) {
                     T* corner = at + r * columns.length + j;
                     const auto put = [=](int64_t i, int64_t c, vf x) {
                         store_up_to(corner + i * columns.length + c, x, few - c);
                     };
-                    multiply(at_most(some_rows - r, kPanel), few, inner, Factor<Word>{panels + r * inner, 1, kPanel},
-                             other, kColumns, part_of_sum(s == 0, s + slots == of.size(e),
-                                                          tiles.out + r * kWeightColumns + j, kWeightColumns, put));
+                    multiply(at_most(some_rows - r, kPanel), inner, Turned<Word>{panels + r * inner, kPanel}, tile, 0,
+                             part_of_sum(s == 0, s + slots == of.size(e), tiles.out + r * kWeightColumns + j,
+                                         kWeightColumns, put));
                 }
             }
         }
