@@ -158,13 +158,20 @@ void multiply_rows(const Sections& of, const Number<Word>* left, const Axis& in,
     });
 }
 
-// Rows of a block of weights: with few slots the panels' memory holds more of them, for which right tiles are then
-// filled once. Their sums need no memory of their own.
-template <typename Word> int64_t block_rows(const Sections& of, bool tasks_abound) {
+// A block of weights: with few slots the panels' memory holds more of its rows, for which right tiles are then filled
+// once; sums of one part need no memory of their own, and panels too are filled once for all columns.
+struct WeightBlock { int64_t rows, columns; };
+template <typename Word>
+WeightBlock weight_block(const Sections& of, const Axis& rows, const Axis& columns, int threads) {
     int64_t most = 1;
     for (int64_t e = 0; e < of.experts; ++e) most = of.size(e) > most ? of.size(e) : most;
-    return tasks_abound && words<Word>(most) <= kInner ? kInner * kWeightRows / words<Word>(most) / kPanel * kPanel
-                                                       : kWeightRows;
+    if (words<Word>(most) <= kInner) {
+        const int64_t high = kInner * kWeightRows / words<Word>(most) / kPanel * kPanel;
+        const int64_t parts = of.experts * rows.parts, enough = 4 * threads;
+        if (parts * blocks(rows.length, high) >= enough) return {high, columns.length};
+        if (parts * blocks(columns.length, kWeightColumns) >= enough) return {high, kWeightColumns};
+    }
+    return {kWeightRows, kWeightColumns};
 }
 
 // The row of each slot: its own, padded with zeros, or that of its token in x.
@@ -185,43 +192,54 @@ template <typename T> struct TokenRows {
 template <typename Word, typename T, typename Right>
 void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& rows, const Right& right,
                     const Axis& columns, T* to, float* scratch, int64_t F, int threads) {
-    const int64_t across = blocks(columns.length, kWeightColumns);
-    const int64_t high = block_rows<Word>(of, of.experts * rows.parts * across >= 4 * threads);
-    const int64_t down = blocks(rows.length, high);
+    const auto [high, wide] = weight_block<Word>(of, rows, columns, threads);
+    const int64_t down = blocks(rows.length, high), across = blocks(columns.length, wide);
     parallel_for(of.experts * rows.parts * down * across, threads, [&](int64_t i) {
         const int64_t e = i / (rows.parts * down * across), part = i / (down * across) % rows.parts;
-        const int64_t n = i / across % down * high, k = i % across * kWeightColumns;
+        const int64_t n = i / across % down * high, k = i % across * wide;
         const int64_t some_rows = at_most(rows.length - n, high);
-        const int64_t some_columns = at_most(columns.length - k, kWeightColumns);
+        const int64_t some_columns = at_most(columns.length - k, wide);
         T* at = to + (e * rows.size() + part * rows.length + n) * columns.length + k;
         if (!of.size(e)) {
             for (int64_t r = 0; r < some_rows; ++r) memset(at + r * columns.length, 0, some_columns * sizeof(T));
             return;
         }
         const Tiles tiles(scratch, F);
-        auto *panels = (Word*)tiles.left, *other = (Word*)tiles.right;
+        Word *panels = (Word*)tiles.left, *rights[2] = {(Word*)tiles.right, (Word*)tiles.right + kInner * kColumns};
         const int64_t step = inner_step<Word>(of.size(e));
         for (int64_t s = 0; s < of.size(e); s += step) {
             const int64_t slots = at_most(of.size(e) - s, step), inner = words<Word>(slots);
             const auto* from = left + (of.begin(e) + s) * rows.row() + part * moe_row(rows.length) + n;
             // a few slots at a time: the first cache holds them for all panels
-            for (int64_t i = 0; i < slots; i += 16)
+            for (int64_t i = 0; i < slots; i += 16) {
+                prefetch(at_most(slots - i - 32, 16), some_rows, from + (i + 32) * rows.row(), rows.row());
                 for (int64_t r = 0; r < some_rows; r += kPanel)
                     fill_rows(at_most(slots - i, 16), padded(at_most(some_rows - r, kPanel)), from + i * rows.row() + r,
                               rows.row(), panels + r * inner + words<Word>(i) * kPanel, kPanel);
+            }
+            const auto tile = [&](int64_t j) {
+                return Stripes<Word>{rights[j / kColumns % 2], inner, at_most(some_columns - j, kColumns)};
+            };
+            const auto fill = [&](int64_t j, int64_t begin, int64_t end) {
+                const int64_t first = begin * kNumbers<Word>, some = at_most(slots, end * kNumbers<Word>) - first;
+                const auto row = [&](int64_t i) { return right(of.begin(e) + s + first + i) + k + j; };
+                fill_rows(some, right.readable(tile(j).columns), row, tile(j), begin);
+            };
+            fill(0, 0, inner);
             for (int64_t j = 0; j < some_columns; j += kColumns) {
-                const int64_t few = at_most(some_columns - j, kColumns);
-                const Stripes<Word> tile{other, inner, few};
-                fill_rows(slots, right.readable(few), [&](int64_t i) { return right(of.begin(e) + s + i) + k + j; },
-                          tile);
+                const int64_t next = j + kColumns, few = tile(j).columns;
                 for (int64_t r = 0; r < some_rows; r += kPanel) {
                     T* corner = at + r * columns.length + j;
                     const auto put = [=](int64_t i, int64_t c, vf x) {
                         store_up_to(corner + i * columns.length + c, x, few - c);
                     };
-                    multiply(at_most(some_rows - r, kPanel), inner, Turned<Word>{panels + r * inner, kPanel}, tile, 0,
+                    // this panel's part of filling the next tile
+                    const int64_t begin = inner * r / some_rows, end = inner * at_most(r + kPanel, some_rows) / some_rows;
+                    multiply(at_most(some_rows - r, kPanel), inner, Turned<Word>{panels + r * inner, kPanel}, tile(j), 0,
                              part_of_sum(s == 0, s + slots == of.size(e), tiles.out + r * kWeightColumns + j,
-                                         kWeightColumns, put));
+                                         kWeightColumns, put),
+                             next < some_columns ? end - begin : 0,
+                             [&](int64_t from, int64_t to) { fill(next, begin + from, begin + to); });
                 }
             }
         }
