@@ -20,7 +20,7 @@ from ultra.export.ternary import linear_bytes, read_model
 from ultra.model import Encoder, build_model
 from ultra.train import checkpoint
 from ultra.train.evaluation import evaluate
-from ultra.train.precision import amp_dtype, autocast, pick_device
+from ultra.train.precision import amp_dtype, autocast, cpu_has_bf16, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,10 @@ class Pipeline:
     ) -> None:
         self.model = model.to(device).eval()
         self.vocabulary, self.cfg, self.folder, self.device = vocabulary, cfg, folder, device
-        # As in training, except that a CPU has no fp16, and that integer products gain nothing from half precision.
-        fp16_on_cpu = device.type == "cpu" and cfg.training.amp_dtype == "fp16"
+        # As in training, except on a CPU without that type, and that integer products gain nothing from half precision.
+        lacking = device.type == "cpu" and (cfg.training.amp_dtype == "fp16" or not cpu_has_bf16())
         packed = linear_bytes(model)[0] > 0
-        self.dtype = None if fp16_on_cpu or packed else amp_dtype(cfg.training, device)
+        self.dtype = None if lacking or packed else amp_dtype(cfg.training, device)
 
     @property
     def max_tokens(self) -> int:

@@ -35,7 +35,7 @@ from ultra.data.tokenizer import train_tokenizer
 from ultra.errors import UserError
 from ultra.mixers import MIXERS
 from ultra.model import Encoder, build_model
-from ultra.train import trainer
+from ultra.train import precision, trainer
 from ultra.train.optim import GroupedOptimizer, collect_groups
 from ultra.train.precision import LossScale, amp_dtype, pick_device
 
@@ -409,7 +409,7 @@ def types_of_products(**fields: Any) -> set[torch.dtype]:
 @acts
 def use_amp() -> None:
     assert types_of_products() == {torch.float32}
-    assert torch.bfloat16 in types_of_products(use_amp=True)
+    assert torch.bfloat16 in types_of_products(use_amp=True, amp_dtype="bf16")
 
 
 @acts
@@ -421,6 +421,10 @@ def amp_dtype_() -> None:
                 name: amp_dtype(TrainingConfig(use_amp=True, amp_dtype=name), gpu) for name in ("auto", "bf16", "fp16")
             }
         assert chosen == {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for has_bf16, auto in ((True, torch.bfloat16), (False, None)):
+        with mock.patch.object(precision, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16):
+            chosen = {name: amp_dtype(TrainingConfig(use_amp=True, amp_dtype=name), CPU) for name in ("auto", "bf16")}
+        assert chosen == {"auto": auto, "bf16": torch.bfloat16}
     assert LossScale(torch.float16, CPU).active and not LossScale(torch.bfloat16, CPU).active
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         run(use_amp=True, amp_dtype="fp16")

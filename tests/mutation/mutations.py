@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Mutation(NamedTuple):
     file: str
@@ -23,6 +25,9 @@ def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutation]:
 def backend(name: str, op: str) -> str:
     return f"tests/ops/test_all_ops.py -k 'test_against_float64 and {op}-{name} and not gpu'"
 
+
+# One instruction set, the widest that this processor has: tests of the others skip or repeat the same code.
+ON_WIDEST = f"-k {'avx512' if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 'avx2'}"
 
 INTERPRETED = (
     "TRITON_INTERPRET=1 tests/ops/test_all_ops.py tests/ops/test_pointwise_norm_triton.py -k 'triton and (dyt or derf)'"
@@ -242,6 +247,9 @@ CPP = [
         ("(n + kNumbers<Word> - 1) / kNumbers<Word>", "n / kNumbers<Word>"),
         ("load(from + from_row + j) * second", "load(from + from_row + j)"),
         ("if (by_row) x *= by_row[i];", ""),
+        ("low[r * down] : high[(r - half) * down]", "low[r * down] : high[(r - half) * down + 1]"),
+        ("high = a.from(i + half).data", "high = a.from(i).data"),
+        ("along = turned ? a.row : 1", "along = turned ? 1 : 1"),
     ),
     *of(
         "csrc/ternary/ternary_cpu.cpp",
@@ -303,13 +311,14 @@ CPP = [
     ),
     *of(
         "csrc/masked_linear_cross_entropy/masked_linear_cross_entropy_cpu.cpp",
-        "tests/ops/test_masked_linear_cross_entropy_native.py -k 'not baseline and not avx2'",
+        "tests/ops/test_masked_linear_cross_entropy_native.py " + ON_WIDEST,
         ("kLowest = -3.4028235e38f", "kLowest = -__builtin_inff()"),
         ("return scratch && n ?", "return scratch ?"),
         ("labelled[r] * p.hidden_row;", "r * p.hidden_row;"),
         ("(first + c) * p.weight_row", "(first + c) * s.D"),
         ("first * p.weight_row + j;", "first * s.D + j;"),
-        ("wide, Product<float>{own.out, kColumns, k > 0}", "wide, Product<float>{own.out, kColumns, false}"),
+        ("right, k,", "right, 0,"),
+        ("some), k, Product<float>{own.out, kColumns, k > 0}", "some), k, Product<float>{own.out, kColumns, false}"),
         ("(bias ? bias[c] : 0.0f) - most)", "0.0f - most)"),
         ("sum += e;", "sum = e;"),
         ("kColumns + r - i] + (bias ? bias[c] : 0.0f)", "kColumns + r - i]"),
@@ -322,7 +331,7 @@ CPP = [
         ("own.factor[r] - p.scale", "own.factor[r] + p.scale"),
         ("[c % kNumbers<Word>] = *at", "[0] = *at"),
         ("dbias[first + c] -= p.scale;", "dbias[first + c] -= 0.0f;"),
-        ("x + k * kColumns, kColumns,", "x, kColumns,"),
+        ("shared.panel(s, j, some), k,", "shared.panel(s, j, some), 0,"),
         ("begin > 0 ? sums + at : nullptr", "nullptr"),
         ("if (last && g.dweight_dtype", "if (g.dweight_dtype"),
         ("s.dx_row, tile > begin_tile}", "s.dx_row, false}"),
@@ -332,7 +341,7 @@ CPP = [
     ),
     *of(
         "csrc/moe_ffn/moe_ffn_cpu.cpp",
-        "tests/ops/test_moe_ffn_native.py -k 'not baseline and not avx2'",
+        "tests/ops/test_moe_ffn_native.py " + ON_WIDEST,
         ("kEpsilon = 1e-6f", "kEpsilon = 1e-3f"),
         ("to = (i + 1) * size(e) / n;", "to = (i + 1) * size(e) / (n + 1);"),
         ("s / steps * in.length + k, right", "k, right"),
@@ -346,6 +355,9 @@ CPP = [
         ("to_part * out.length + j, columns", "j, columns"),
         ("x + load(add + c)", "x - load(add + c)"),
         ("part_of_sum(s == 0, s + slots", "part_of_sum(true, s + slots"),
+        ("inner * r / some_rows", "0"),
+        ("s + first + i) + k + j;", "s + first + i) + k;"),
+        ("fill(next, begin + from, begin + to)", "fill(next, from, to)"),
         ("for (int64_t s = row; s < row + rows; ++s)", "for (int64_t s = row; s + 1 < row + rows; ++s)"),
         ("store(inner + s * shape.inner.row() + c, value);", "store(inner + s * shape.inner.row() + c, slope);"),
         ("p.order[slot] / p.top_k * p.x_row", "p.order[slot] % p.tokens * p.x_row"),
@@ -366,7 +378,7 @@ CPP = [
     ),
     *of(
         "csrc/moe_ffn/moe_ffn_cpu.cpp",
-        "tests/ops/test_routes.py -k 'not baseline and not avx2'",
+        "tests/ops/test_routes.py " + ON_WIDEST,
         ("return top + __builtin_logf(all)", "return __builtin_logf(all)"),
         ("(int)(n - c), least)", "(int)(n - c))"),
         (" || (scores[a] != scores[a] && scores[b] == scores[b])", ""),
@@ -394,6 +406,8 @@ CPP = [
         ("(1u << n) - 1 : ~0u", "(1u << (n & 15)) - 1 : ~0u"),
         ("if (!first) x += load(sum);", ""),
         ("end = (tile + 1) * work / tiles;", "end = tile * work / tiles + 1;"),
+        ("data + j * height + k * width", "data + j * height"),
+        ("to(i + r, j + c, x);", "to(i + r, c, x);"),
     ),
     *of(
         "csrc/sigmoid_attention/sigmoid_attention_cpu.cpp",

@@ -549,14 +549,20 @@ def test_check_interval_decides_when_the_host_looks(tiny, tmp_path: Path, monkey
 # Precision
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_bf16_on_the_cpu(tiny, tmp_path: Path, monkeypatch, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "hardware"), [("auto", True), ("auto", False), ("bf16", True), ("bf16", False)])
+def test_mixed_precision_on_the_cpu(tiny, tmp_path: Path, monkeypatch, caplog, dtype: str, hardware: bool) -> None:
+    from ultra.train import precision
+
     seen = set()
     original = torch.nn.functional.linear
 
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: hardware)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add((out := original(*a)).dtype) or out)
-    assert tiny.run(tmp_path, use_amp=True, amp_dtype=dtype) == 0
-    assert torch.bfloat16 in seen
+    with caplog.at_level(logging.INFO):
+        assert tiny.run(tmp_path, use_amp=True, amp_dtype=dtype) == 0
+    assert (torch.bfloat16 in seen) == (hardware or dtype == "bf16")
+    told = {("auto", False): "so auto is float32", ("bf16", False): "auto, in float32, is many times faster"}
+    assert told.get((dtype, hardware), "") in caplog.text and ("no products of bfloat16" in caplog.text) != hardware
     weights = load_file(checkpoint.latest(tmp_path) / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.float32}
 
