@@ -249,7 +249,7 @@ CPP = [
         ("if (by_row) x *= by_row[i];", ""),
         ("low[r * down] : high[(r - half) * down]", "low[r * down] : high[(r - half) * down + 1]"),
         ("high = a.from(i + half).data", "high = a.from(i).data"),
-        ("along = turned ? a.row : 1", "along = turned ? 1 : 1"),
+        ("along = turned ? a.row : 1", "along = 1"),
     ),
     *of(
         "csrc/ternary/ternary_cpu.cpp",
