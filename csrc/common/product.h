@@ -82,16 +82,18 @@ template <typename T> static inline Product<T> product(T* data, int64_t row, con
     return {data, row, false, nullptr, by_distance};
 }
 
-template <int rows, int vectors, bool turned, typename Word, typename To>
-static inline void multiply_tile(int64_t inner, const Factor<Word, turned>& a, const Word* b, int64_t b_row,
-                                 const To& to, int64_t i, int64_t j) {
+// whole [rows, vectors] = rows i of a times vectors of b. One function for all that becomes of the sums, which is most of
+// what there would be to compile.
+template <int rows, int vectors, bool turned, typename Word>
+__attribute__((noinline)) static void multiply_tile(int64_t inner, const Factor<Word, turned>& a, const Word* right,
+                                                    int64_t b_row, float* whole) {
     vf sum[rows][vectors];
     for (int r = 0; r < rows; ++r)
         for (int v = 0; v < vectors; ++v) sum[r][v] = splat(0.0f);
     // Two pointers for six rows, each of which is then one address of an instruction. The compiler, if it saw through
     // them, would keep six distances, and read four of them from the stack for every k.
     constexpr int half = rows > 3 ? 3 : rows;
-    const Word *low = a.from(i).data, *high = a.from(i + half).data, *right = b + j;
+    const Word *low = a.data, *high = a.from(half).data;
     asm("" : "+r"(low), "+r"(high));
     const int64_t down = turned ? 1 : a.row, along = turned ? a.row : 1;
 #pragma GCC unroll 2
@@ -103,28 +105,29 @@ static inline void multiply_tile(int64_t inner, const Factor<Word, turned>& a, c
             for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(left, x[v], sum[r][v]);
         }
     }
-    // Through memory: whatever `to` does, the sums above stay in registers.
-    alignas(sizeof(vf)) float whole[rows * vectors * kLanes];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) store(whole + (r * vectors + v) * kLanes, sum[r][v]);
-    for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors; ++v) to(i + r, j + v * kLanes, load(whole + (r * vectors + v) * kLanes));
 }
 
 template <int vectors, bool turned, typename Word, typename To>
 static inline void multiply_columns(int64_t rows, int64_t inner, const Factor<Word, turned>& a, const Word* b,
                                     int64_t b_row, const To& to, int64_t j) {
-    int64_t i = 0;
-    for (; i + kProductRows <= rows; i += kProductRows)
-        multiply_tile<kProductRows, vectors>(inner, a, b, b_row, to, i, j);
-    switch (rows - i) {
-        case 5: return multiply_tile<5, vectors>(inner, a, b, b_row, to, i, j);
-        case 4: return multiply_tile<4, vectors>(inner, a, b, b_row, to, i, j);
-        case 3: return multiply_tile<3, vectors>(inner, a, b, b_row, to, i, j);
-        case 2: return multiply_tile<2, vectors>(inner, a, b, b_row, to, i, j);
-        case 1: return multiply_tile<1, vectors>(inner, a, b, b_row, to, i, j);
+    alignas(sizeof(vf)) float whole[kProductRows * vectors * kLanes];
+    for (int64_t i = 0; i < rows; i += kProductRows) {
+        const int64_t some = rows - i < kProductRows ? rows - i : kProductRows;
+        const auto from = a.from(i);
+        switch (some) {
+            case 1: multiply_tile<1, vectors>(inner, from, b + j, b_row, whole); break;
+            case 2: multiply_tile<2, vectors>(inner, from, b + j, b_row, whole); break;
+            case 3: multiply_tile<3, vectors>(inner, from, b + j, b_row, whole); break;
+            case 4: multiply_tile<4, vectors>(inner, from, b + j, b_row, whole); break;
+            case 5: multiply_tile<5, vectors>(inner, from, b + j, b_row, whole); break;
+            default: multiply_tile<kProductRows, vectors>(inner, from, b + j, b_row, whole);
+        }
+        for (int64_t r = 0; r < some; ++r)
+            for (int v = 0; v < vectors; ++v) to(i + r, j + v * kLanes, load(whole + (r * vectors + v) * kLanes));
     }
 }
 
