@@ -248,7 +248,8 @@ CPP = [
         ("load(from + from_row + j) * second", "load(from + from_row + j)"),
         ("if (by_row) x *= by_row[i];", ""),
         ("low[r * down] : high[(r - half) * down]", "low[r * down] : high[(r - half) * down + 1]"),
-        ("high = a.from(i + half).data", "high = a.from(i).data"),
+        ("*high = a.from(half).data", "*high = a.data"),
+        ("const auto from = a.from(i);", "const auto from = a.from(0);"),
         ("along = turned ? a.row : 1", "along = 1"),
     ),
     *of(
