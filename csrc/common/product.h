@@ -82,8 +82,8 @@ template <typename T> static inline Product<T> product(T* data, int64_t row, con
     return {data, row, false, nullptr, by_distance};
 }
 
-// whole [rows, vectors] = rows i of a times vectors of b. One function for all that becomes of the sums, which is most of
-// what there would be to compile.
+// whole [rows, vectors * kLanes] = the first rows of a times the columns at `right`. It does not know what becomes of
+// them and is never inlined: compiled into each of its callers it was a third of the time to build the library.
 template <int rows, int vectors, bool turned, typename Word>
 __attribute__((noinline)) static void multiply_tile(int64_t inner, const Factor<Word, turned>& a, const Word* right,
                                                     int64_t b_row, float* whole) {

@@ -120,7 +120,7 @@ class DataFields(Fields):
         False, description="Mixed precision: products in amp_dtype; weights, optimizer and sums stay float32."
     )
     amp_dtype: Literal["auto", "bf16", "fp16"] = Field(
-        "auto", description="Type of mixed precision; auto: bf16 where there is hardware, else fp16 on a GPU alone."
+        "auto", description="Type of mixed precision; auto: bf16 if there is hardware, else fp16 (GPU) or none (CPU)."
     )
     gradient_accumulation_steps: int = Field(4, ge=1, description="Micro-batches per optimizer step.")
 
