@@ -10,6 +10,7 @@ ULTRA_CUDA_ARCHS     what to compile for, such as "sm_86" or "80;90a;compute_90"
 CUDA_HOME            the toolkit to use; without it the one on the PATH, then /usr/local/cuda
 CXX                  the C++ compiler, also for nvcc's host code
 MAX_JOBS             compilers at a time; default all cores
+ULTRA_BUILD_DIR      where objects are kept, so that the next install compiles only what changed; default a new folder
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class NativeBuild(build_ext):
             "cpp": (plan_cpp, target / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"),
             "cuda": (plan_cuda, target / "libultra_cuda.so"),
         }
-        work = ROOT / "build" / "obj" if self.inplace else Path(tempfile.mkdtemp(prefix="ultra-obj-"))
+        kept = os.environ.get("ULTRA_BUILD_DIR") or (ROOT / "build" / "obj" if self.inplace else None)
+        work = Path(kept or tempfile.mkdtemp(prefix="ultra-obj-"))
         work.mkdir(parents=True, exist_ok=True)
         info: dict[str, dict[str, object]] = {}
         rules: list[str] = []
@@ -82,7 +84,7 @@ class NativeBuild(build_ext):
             if done.returncode != 0:
                 reason = "\n".join(done.stdout.splitlines()[-20:])
                 info[name] |= NotBuilt("failed", reason, remedy(reason)).info
-        if not self.inplace:
+        if not kept:
             shutil.rmtree(work)
         failed = {name: part for name, part in info.items() if part["state"] == "failed"}
         if failed and os.environ.get("ULTRA_REQUIRE_EXT") == "1":
@@ -181,7 +183,9 @@ def plan_cpp(library: Path) -> tuple[dict[str, object], list[str]]:
         raise NotBuilt("failed", "pybind11 is missing", fix) from None
     openmp = platform.system() == "Linux" and accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() {}")
     flags = CXXFLAGS + (["-fopenmp"] if openmp else [])
-    includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags.append(f"-I{CSRC}")
+    # An isolated build has pybind11 in another folder each time: kept objects of kernels must not depend on it.
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     # OpenMP symbols stay undefined on purpose: they resolve to the runtime that torch has loaded, so that both share
     # one pool of threads. Two runtimes spin against each other on the same cores.
     link = ["-shared"] + (["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [])
@@ -190,7 +194,7 @@ def plan_cpp(library: Path) -> tuple[dict[str, object], list[str]]:
     for source in sorted(CSRC.glob("*/*_cpu.cpp")):
         for isa, isa_flags in ISAS.items():
             extra = [f"-DULTRA_ISA={isa}", f"-DULTRA_ISA_{isa.upper()}", *isa_flags]
-            objects[f"{source.stem}.{isa}.o"] = (source, flags + includes + extra)
+            objects[f"{source.stem}.{isa}.o"] = (source, flags + extra)
     described = {"compiler": shlex.join(compiler), "flags": CXXFLAGS, "isas": list(ISAS), "openmp": openmp,
                  "python": platform.python_version(), "machine": platform.machine()}  # fmt: skip
     return described, rules + builds("cpp", objects, library)

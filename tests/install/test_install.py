@@ -68,14 +68,18 @@ class Environment:
         self.site = Path(site)
         (self.site / "borrowed.pth").write_text(f"{sysconfig.get_paths()['platlib']}\n")
         self.tools = executable(folder / "tools" / "c++", CACHING_COMPILER).parent
-        (self.tools / "objects").mkdir()
+        objects = self.tools / "objects"
+        objects.mkdir()
+        # .ci/run has just compiled this source; that an sdist holds all of it is a test below
+        for path in Path(os.environ.get("ULTRA_BUILD_DIR", "/none")).glob("*_cpu.*.o"):
+            shutil.copy(path, objects)
         self.path = f"{self.tools}:{self.bin}:{os.environ['PATH']}"
         self.tests = folder / "tests-alone"  # without the packages beside them, so that the installed ones are tested
         shutil.copytree(ROOT / "tests", self.tests / "tests", ignore=LEFT_OUT)
         shutil.copy(ROOT / "pyproject.toml", self.tests)
 
     def run(self, *arguments: str, cwd: Path | str = "/", **environment: str) -> subprocess.CompletedProcess[str]:
-        left_out = ("PYTHONPATH", "ULTRA_BACKEND", "CXX", "CUDA_HOME")
+        left_out = ("PYTHONPATH", "ULTRA_BACKEND", "ULTRA_BUILD_DIR", "CXX", "CUDA_HOME")
         env = {k: v for k, v in os.environ.items() if k not in left_out} | environment
         return subprocess.run([str(self.python), *arguments], env=env, cwd=cwd, capture_output=True, text=True)
 
@@ -231,15 +235,24 @@ def test_the_sdist_has_all_that_a_wheel_and_the_tests_need(sdist):
     with tarfile.open(sdist) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
-    tests = [p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".yaml", ".h")]
+    tests = [p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".yaml", ".json", ".h")]
     files = {str(p.relative_to(ROOT)) for p in [*sources, *tests]}
     assert files | {"setup.py", "pyproject.toml", "configs/mini.yaml"} <= names
     assert not any("stale" in name for name in names)
 
 
-def test_in_place_and_skipped_cuda(environment, sdist, tree):
-    done = environment.run("setup.py", "build_ext", "--inplace", cwd=tree, PATH=environment.path, ULTRA_SKIP_CUDA="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_place_and_skipped_cuda_and_kept_objects(environment, sdist, tree, tmp_path):
+    def build() -> dict[str, int]:
+        variables = {"PATH": environment.path, "ULTRA_SKIP_CUDA": "1", "ULTRA_BUILD_DIR": str(tmp_path)}
+        done = environment.run("setup.py", "build_ext", "--inplace", cwd=tree, **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.o")}
+
+    first = build()
+    os.utime(tree / "csrc" / "dyt" / "dyt_cpu.cpp")
+    second = build()
+    again = {name for name in second if second[name] != first[name]}
+    assert again and all(name.startswith("dyt_cpu.") for name in again), again
     assert (tree / CPP).is_file() and not (tree / CUDA).exists()
     info = json.loads((tree / "ultra_kernels" / "_build_info.json").read_text())
     assert info["cuda"] == {"state": "skipped", "reason": "ULTRA_SKIP_CUDA=1 when this was installed",

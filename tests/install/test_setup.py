@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def script(monkeypatch):
     """setup.py's functions by name."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    for name in ("ULTRA_CUDA_ARCHS", "ULTRA_SKIP_CUDA", "CUDA_HOME", "CXX", "MAX_JOBS"):
+    for name in ("ULTRA_CUDA_ARCHS", "ULTRA_SKIP_CUDA", "ULTRA_BUILD_DIR", "CUDA_HOME", "CXX", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -115,3 +117,12 @@ def test_no_cuda_for_a_reason(script, nvcc, monkeypatch, tmp_path):
 )
 def test_remedies(message, fix, script):
     assert fix in script["remedy"](message)
+
+
+def test_kept_objects_of_kernels_do_not_depend_on_where_pip_puts_pybind11(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/bin/true")
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR="/bin"))
+    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_include=lambda: "/somewhere/new"))
+    _, lines = script["plan_cpp"](tmp_path / "library.so")
+    of = [line for line in lines if "/somewhere/new" in line]
+    assert len(of) == 1 and of[0].startswith("build bindings.o:")
