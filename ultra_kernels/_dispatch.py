@@ -232,24 +232,23 @@ def define_differentiable(
     backward_fake: Callable[..., Any],
     setup_context: Callable[..., None],
     gradients: Callable[..., Any],
+    instead: str = "run it with backend='reference' to differentiate twice",
 ) -> tuple[Any, Any]:
     """Registers an op and its backward op and ties them together; differentiating the backward is refused.
 
     `setup_context(ctx, inputs, output)` saves what the backward needs; `gradients(ctx, *grad_outputs)` returns one
-    gradient per input of the forward op.
+    gradient per input of the forward op. `instead` is what the refusal tells to do.
     """
     forward_op = define(forward_schema, forward, forward_fake)
     backward_op = define(backward_schema, backward, backward_fake)
     _register_autograd(forward_op, setup_context, gradients)
-    _refuse_second_derivative(
-        forward_op, backward_op, "its backward is a fused kernel. Run it with backend='reference'"
-    )
+    _refuse_second_derivative(forward_op, backward_op, f"its backward is one op; {instead}")
     return forward_op, backward_op
 
 
 def _refuse_second_derivative(forward_op: Any, backward_op: Any, reason: str) -> None:
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{forward_op.name()} has no second derivative: {reason} to differentiate twice.")
+        raise RuntimeError(f"{forward_op.name()} has no second derivative: {reason}.")
 
     torch.library.register_autograd(backward_op.name(), refuse, lib=_library)
 
@@ -302,7 +301,7 @@ def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Func
         backward_schema = f"{name}_backward(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]"
         backward_op = define(backward_schema, backward, backward_fake)
         _register_autograd(forward_op, setup_context, gradients)
-        _refuse_second_derivative(forward_op, backward_op, "torch.compile runs it as one op. Call it eagerly")
+        _refuse_second_derivative(forward_op, backward_op, "torch.compile runs it as one op; call it eagerly to differentiate twice")
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:

@@ -108,4 +108,5 @@ _linear, _linear_backward = define_differentiable(
     ),
     setup_context=_setup_context,
     gradients=_gradients,
+    instead="use torch.nn.functional.linear to differentiate twice",
 )

@@ -42,7 +42,7 @@ def _gates(logits, taken, normalize):
 @triton.jit
 def _key(scores, e, WIDTH: tl.constexpr):
     """int64 in the order of the scores, NaN first, and of equal ones by e, the lowest first."""
-    bits = scores.to(tl.int32, bitcast=True)
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0 is 0
     ascending = tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     return ascending.to(tl.int64) * WIDTH + (WIDTH - 1 - e)[None, :]
 
@@ -79,7 +79,8 @@ def choose_kernel(
             key = tl.where(best, _TAKEN, key)
         taken = rank >= 0
         at = t.to(tl.int64)[:, None] * top_k + rank
-        tl.store(gates + at, _gates(own, taken, normalize), mask=inside & taken)
+        gate = tl.where((lse == lse)[:, None], _gates(own, taken, normalize), lse[:, None])
+        tl.store(gates + at, gate, mask=inside & taken)
         tl.store(chosen + at, tl.broadcast_to(e[None, :], (ROWS, WIDTH)), mask=inside & taken)
         count += (inside & taken).to(tl.int32)
         prob += tl.where(inside, p, 0.0)

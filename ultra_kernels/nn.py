@@ -39,6 +39,7 @@ from . import (
     sigmoid_attention,
     ternary_linear,
 )
+from ._dispatch import full_precision
 from ._products import linear
 from .moe_ffn.op import route
 from .moe_ffn.reference import inner
@@ -218,8 +219,7 @@ class PackedMatrices(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedMatrices:
         scale = self.scale
         super()._apply(fn, recurse)
-        if not self.scale.is_meta and not scale.is_meta:  # moved with the rest, never rounded to half precision
-            self.scale = scale.to(self.codes.device)
+        _keep_unrounded(self, "scale", scale)
         return self
 
     def extra_repr(self) -> str:
@@ -431,7 +431,7 @@ class Mamba(nn.Module):
             direction="centred" if both else self.direction,
         )  # fmt: skip
         # Δ multiplies ln-spaced decays over the whole sequence: bfloat16 would change the memory length
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             rows = wide(u.transpose(1, 2))  # [B,T,E]
             parts = (rows @ wide(self.x_proj.weight).t()).view(B, T, self.directions, -1).permute(2, 0, 1, 3)
             dt, b, c = parts.split([R, N, N], -1)  # [directions,B,T,.]
@@ -691,6 +691,12 @@ class MoE(nn.Module):
         self.register_buffer("select_bias", torch.empty(E, device=device) if balance_bias else None)
         self.reset_parameters()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MoE:
+        select_bias = self.select_bias
+        super()._apply(fn, recurse)
+        _keep_unrounded(self, "select_bias", select_bias)
+        return self
+
     def reset_parameters(self) -> None:
         _normal_linear(self.router, self.init_std)
         _normal(self.w_in, self.init_std)
@@ -702,8 +708,8 @@ class MoE(nn.Module):
             self.sub_norm.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would send tokens to other experts
+        rows = _token_rows(self, x, self.embed_dim)
+        with full_precision(x):  # bfloat16 would send tokens to other experts
             logits = wide(rows) @ wide(self.router.weight).t()
         y, stats = moe_ffn(
             rows, logits, self.w_in, self.w_out, top_k=self.top_k, activation=self.activation, gated=self.gated,
@@ -763,9 +769,15 @@ class PackedMoE(nn.Module):
         self.w_out = _PackedExperts(layer.w_out, layer.b_out, layer.bitnet_scale)
         self.requires_grad_(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedMoE:
+        select_bias = self.select_bias
+        super()._apply(fn, recurse)
+        _keep_unrounded(self, "select_bias", select_bias)
+        return self
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        rows = wide(x.reshape(-1, x.shape[-1]))
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        rows = wide(_token_rows(self, x, self.router.in_features))
+        with torch.no_grad(), full_precision(x):
             backend = LINEAR.choose(None, rows, self.w_in.codes)
             logits = rows @ wide(self.router.weight).t()
             routes, stats = route(logits, self.top_k, self.normalize_gates, self.select_bias, backend)
@@ -778,6 +790,21 @@ class PackedMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, activation={self.activation!r}, gated={self.gated}"
+
+
+def _keep_unrounded(layer: nn.Module, name: str, before: torch.Tensor | None) -> None:
+    """After Module._apply: a buffer moves with the rest, and is never rounded to half precision."""
+    after = getattr(layer, name)
+    if before is not None and not before.is_meta and not after.is_meta:
+        setattr(layer, name, before.to(after.device))
+
+
+def _token_rows(layer: nn.Module, x: torch.Tensor, embed_dim: int) -> torch.Tensor:
+    if not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != embed_dim:
+        raise ValueError(
+            f"{type(layer).__name__}: x is {x.dtype} of shape {tuple(x.shape)}; it must be floats [..., {embed_dim}]"
+        )
+    return x.reshape(-1, embed_dim)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ struct MoEProblem {
     void* hidden;                          // [slots, moe_row(F) once or twice]: before the activation
 };
 
-// Each may be null but dgates.
+// Of the gradients, those that are not wanted are null; dgates never is.
 struct MoEGradients {
     const void* dy;  // [tokens, D], rows dy_row apart, in x's dtype
     int64_t dy_row;

@@ -211,11 +211,11 @@ void multiply_slots(const Sections& of, const Number<Word>* left, const Axis& ro
             const int64_t slots = at_most(of.size(e) - s, step), inner = words<Word>(slots);
             const auto* from = left + (of.begin(e) + s) * rows.row() + part * moe_row(rows.length) + n;
             // a few slots at a time: the first cache holds them for all panels
-            for (int64_t i = 0; i < slots; i += 16) {
-                prefetch(at_most(slots - i - 32, 16), some_rows, from + (i + 32) * rows.row(), rows.row());
+            for (int64_t m = 0; m < slots; m += 16) {
+                prefetch(at_most(slots - m - 32, 16), some_rows, from + (m + 32) * rows.row(), rows.row());
                 for (int64_t r = 0; r < some_rows; r += kPanel)
-                    fill_rows(at_most(slots - i, 16), padded(at_most(some_rows - r, kPanel)), from + i * rows.row() + r,
-                              rows.row(), panels + r * inner + words<Word>(i) * kPanel, kPanel);
+                    fill_rows(at_most(slots - m, 16), padded(at_most(some_rows - r, kPanel)), from + m * rows.row() + r,
+                              rows.row(), panels + r * inner + words<Word>(m) * kPanel, kPanel);
             }
             const auto tile = [&](int64_t j) {
                 return Stripes<Word>{rights[j / kColumns % 2], inner, at_most(some_columns - j, kColumns)};
@@ -570,6 +570,7 @@ void moe_route(const MoERouting& r, int64_t* order, int64_t* inverse, int64_t* e
             } else {
                 for (int64_t j = 0; j < r.top_k; ++j) gates[j] = p[chosen[j]];
             }
+            for (int64_t j = 0; lse != lse && j < r.top_k; ++j) gates[j] = lse;  // a NaN may not be among the chosen
         }
     });
     // Counts become the first slots of each block.

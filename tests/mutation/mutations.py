@@ -356,7 +356,7 @@ CPP = [
         ("to_part * out.length + j, columns", "j, columns"),
         ("x + load(add + c)", "x - load(add + c)"),
         ("part_of_sum(s == 0, s + slots", "part_of_sum(true, s + slots"),
-        ("inner * r / some_rows", "0"),
+        ("end = inner * at_most(r + kPanel, some_rows)", "end = inner * r"),
         ("s + first + i) + k + j;", "s + first + i) + k;"),
         ("fill(next, begin + from, begin + to)", "fill(next, from, to)"),
         ("for (int64_t s = row; s < row + rows; ++s)", "for (int64_t s = row; s + 1 < row + rows; ++s)"),

@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ultra_kernels import bitlinear, moe_ffn
+from ultra_kernels import _native, bitlinear, moe_ffn
 from ultra_kernels._dispatch import OPS
 from ultra_kernels.bitlinear.reference import bitlinear as reference_bitlinear
 from ultra_kernels.moe_ffn.cases import distinct_logits
 
+NATIVE = _native.missing()
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("reference", torch.float64),
+        pytest.param("native", torch.float32, marks=pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))),
+    ],
+)
 ACT = {
     "silu": lambda h: h * torch.sigmoid(h),
     "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
@@ -119,28 +127,31 @@ def test_gates_far_below_the_smallest_float_are_still_normalised():
     torch.testing.assert_close(y, moe_ffn(**arguments | {"router_logits": shifted}, top_k=2)[0])
 
 
-def test_one_expert_is_the_dense_ffn():
-    a = inputs(E=1)
-    y, stats = moe_ffn(**a, top_k=1, activation="gelu")
+@BACKENDS
+def test_one_expert_is_the_dense_ffn(backend, dtype):
+    a = inputs(E=1, dtype=dtype)
+    y, stats = moe_ffn(**a, top_k=1, activation="gelu", backend=backend)
     h = functional.gelu(functional.linear(a["x"], a["w_in"][0], a["b_in"][0]))
     torch.testing.assert_close(y, functional.linear(h, a["w_out"][0], a["b_out"][0]))
     assert stats.counts.tolist() == [23] and stats.mean_prob.tolist() == [1.0]
 
 
-def test_permuting_the_experts_changes_nothing():
-    a, order = inputs(), torch.tensor([2, 0, 3, 1])
+@BACKENDS
+def test_permuting_the_experts_changes_nothing(backend, dtype):
+    a, order = inputs(dtype=dtype), torch.tensor([2, 0, 3, 1])
     permuted = {n: t if n == "x" else t[:, order] if n == "router_logits" else t[order] for n, t in a.items()}
-    y, stats = moe_ffn(**a, top_k=2)
-    y2, stats2 = moe_ffn(**permuted, top_k=2)
+    y, stats = moe_ffn(**a, top_k=2, backend=backend)
+    y2, stats2 = moe_ffn(**permuted, top_k=2, backend=backend)
     torch.testing.assert_close(y, y2)
     assert torch.equal(stats.counts[order], stats2.counts)
 
 
-def test_a_token_depends_on_itself_alone():
-    a = inputs()
-    y, _ = moe_ffn(**a, top_k=2)
+@BACKENDS
+def test_a_token_depends_on_itself_alone(backend, dtype):
+    a = inputs(dtype=dtype)
+    y, _ = moe_ffn(**a, top_k=2, backend=backend)
     for rows in ([5], [7, 3, 11]):
-        some, _ = moe_ffn(**a | {n: a[n][rows] for n in ("x", "router_logits")}, top_k=2)
+        some, _ = moe_ffn(**a | {n: a[n][rows] for n in ("x", "router_logits")}, top_k=2, backend=backend)
         torch.testing.assert_close(some, y[rows])
 
 
@@ -246,10 +257,30 @@ def test_errors_name_the_argument():
         ({"top_k": 5}, r"top_k=5 must be between 1 and the number of experts, 4"),
         ({"top_k": 0}, r"top_k=0"),
         ({"activation": "tanh"}, r"'tanh' is unknown; known are silu"),
-        ({"gated": True}, r"w_in has shape \(4, 5, 6\); with gated=True it must be \(4, 10, 6\)"),
+        ({"gated": True}, r"w_in has shape \(4, 5, 6\); with w_out .* and gated=True it must be \(4, 10, 6\)"),
         ({"b_out": a["b_out"][:3]}, r"b_out has shape \(3, 6\)"),
         ({"router_logits": a["router_logits"][:3]}, r"\(T, D\) and \(T, E\)"),
         ({"sub_norm": torch.ones(6)}, r"sub_norm has shape \(6,\).*\(5,\)"),
+        (
+            {"select_bias": torch.ones(3)},
+            r"select_bias has shape \(3,\); with router_logits \(23, 4\) .* \(4,\)",
+        ),
+        ({"w_out": a["w_out"].mT}, r"w_out has shape \(4, 5, 6\).* must be \(4, 6, F\)"),
+        ({"w_out": a["w_out"][0, 0, 0]}, r"w_out has shape \(\)"),
+        ({"router_logits": a["router_logits"][:, :3]}, r"w_out has shape .*router_logits \(23, 3\)"),
+        ({"w_in": a["w_in"][:, :0], "w_out": a["w_out"][..., :0], "b_in": None}, r"D and F must be at least 1"),
+        ({"x": a["x"].int()}, r"x is torch.int32 .* must be floats"),
+        ({"select_bias": torch.ones(4, device="meta")}, r"x is on cpu, select_bias on meta"),
+        ({"b_in": a["b_in"].to("meta"), "bitnet": True}, r"x is on cpu, b_in on meta"),
     ):
         with pytest.raises(ValueError, match=message):
             moe_ffn(**{"top_k": 2} | a | change)
+
+
+@BACKENDS
+def test_a_second_derivative_is_refused_without_advice_that_does_not_help(backend, dtype):
+    a = inputs(dtype=dtype)
+    y, _ = moe_ffn(**a, top_k=2, backend=backend)
+    (first,) = torch.autograd.grad(y.square().sum(), [a["x"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: .*; no backend of moe_ffn"):
+        first.sum().backward()

@@ -466,11 +466,30 @@ def test_says_what_it_is(name: str) -> None:
         (lambda: layers.HopeAttention(D, 8), "odd"),
         (lambda: layers.HopeAttention(D, H)(torch.zeros(2, 4, D), torch.zeros(2, dtype=torch.int32)), "batch size"),
         (lambda: layers.MoE(D, 8, 4, 5), "between 1 and num_experts, 4"),
+        (lambda: layers.MoE(D, 8, 4)(torch.zeros(3, D + 1)), r"must be floats \[\.\.\., 24\]"),
+        (lambda: layers.MoE(D, 8, 4, bitnet=True).pack()(torch.zeros(3, 1)), r"PackedMoE: x .* floats \[\.\.\., 24\]"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_selection_bias_is_not_rounded_with_its_layer(packed: bool) -> None:
+    layer = layers.MoE(D, 8, 4, balance_bias=True, bitnet=True)
+    layer.update_select_bias(torch.tensor([0, 1, 2, 99]), rate=0.12345)
+    want = layer.select_bias.clone()
+    layer = (layer.pack() if packed else layer).bfloat16()
+    assert layer.select_bias.dtype == torch.float32 and torch.equal(layer.select_bias, want)
+    assert layer.router.weight.dtype == torch.bfloat16
+    assert layer.to("meta").select_bias.is_meta and not layer.to_empty(device="cpu").select_bias.is_meta
+
+
+def test_experts_on_the_meta_device() -> None:
+    layer = layers.MoE(D, 8, 4, device="meta")
+    y, stats = layer(torch.zeros(2, 3, D, device="meta"))
+    assert y.shape == (2, 3, D) and stats.counts.is_meta
 
 
 def test_importing_the_ops_does_not_import_the_layers() -> None:

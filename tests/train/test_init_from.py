@@ -116,6 +116,22 @@ def test_another_vocabulary_is_refused_before_any_text_is_read(tiny_run: Path, c
     assert train(config(tiny_run, f"training.tokenizer={same}", "training.max_steps=1"), run_dir=tmp_path / "run") == 0
 
 
+def test_balancing_by_a_bias_may_begin_on_weights_without_one_and_not_end(config, tmp_path: Path) -> None:
+    def start(run: str, balance: str, steps: int, init_from: Path | str = "null") -> int:
+        moe = "model.use_moe=true", "model.num_experts=2", "model.top_k_experts=1", f"model.moe_balance={balance}"
+        return train(config(init_from, *moe, f"training.max_steps={steps}"), run_dir=tmp_path / run)
+
+    assert start("first", "aux", 1) == 0
+    assert start("second", "bias", 1, tmp_path / "first") == 0
+    assert start("first", "bias", 3) == 0
+    for run in ("first", "second"):
+        weights = load_file(checkpoint.latest(tmp_path / run) / "model.safetensors")
+        assert any(tensor.any() for name, tensor in weights.items() if name.endswith("select_bias"))
+    assert start("first", "both", 4) == 0
+    with pytest.raises(UserError, match=r"model\.moe_balance: both in the checkpoint, now aux, .* both keeps it"):
+        start("first", "aux", 5)
+
+
 def test_another_architecture_is_refused_with_names_and_shapes(tiny_run: Path, config, tmp_path: Path) -> None:
     changes = ["model.ffn_hidden_size=48", "model.layer_pattern=[retnet, mamba]"]
     with pytest.raises(UserError) as error:

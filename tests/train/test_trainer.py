@@ -21,7 +21,7 @@ from ultra.config.training import GROUPS
 from ultra.errors import UserError
 from ultra.train import checkpoint, trainer
 from ultra.train.evaluation import evaluate
-from ultra.train.metrics import COLUMNS, read_rows
+from ultra.train.metrics import COLUMNS, moe_columns, read_rows
 from ultra.train.resume import FREE_ON_RESUME
 from ultra.train.signals import StopFlag
 
@@ -270,6 +270,12 @@ def test_resume_refuses_another_network_with_a_diff(tiny, tmp_path: Path, caplog
         assert trainer.train(dropout, run_dir=tmp_path) == 0
     assert "model.dropout: 0.1 in the checkpoint, now 0.3" in caplog.text
     assert "training.lr_other: 0.01 in the checkpoint, now 0.5" in caplog.text
+
+
+def test_loads_of_one_expert_are_balanced() -> None:
+    columns = moe_columns([[50], [50]])
+    assert columns["moe_entropy"] == 1.0 and columns["moe_dead_experts"] == 0
+    assert moe_columns([[8, 0, 0, 0], [2, 2, 2, 2]])["moe_entropy"] == pytest.approx(0.5)
 
 
 def test_fields_free_on_resume_exist() -> None:

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -261,7 +262,10 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
 
 
 def copy_into(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    copy_tensors(model_tensors(model), tensors, source)
+    own = model_tensors(model)
+    # moe_balance=bias on weights that were trained without: as at the start, no expert is preferred
+    biases = {n: torch.zeros_like(t) for n, t in own.items() if n.endswith(".select_bias") and n not in tensors}
+    copy_tensors(own, tensors | biases, source)
 
 
 def copy_tensors(own: dict[str, Tensor], tensors: dict[str, Tensor], source: Path) -> None:

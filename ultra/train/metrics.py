@@ -154,12 +154,15 @@ def moe_columns(counts: list[list[int]]) -> dict[str, Any]:
     """Router statistics of one step from the tokens per layer and expert, of all loops together.
 
     moe_load: share of the tokens, per layer and expert; moe_entropy: mean over layers of the load's entropy
-    over that of equal loads, 1 is balanced; moe_dead_experts: how many got no token.
+    over that of equal loads, 1 is balanced, as one expert always is; moe_dead_experts: how many got no token.
     """
     if not counts:
         return {}
     loads = [[count / max(sum(layer), 1) for count in layer] for layer in counts]
-    entropies = [-sum(p * math.log(p) for p in layer if p > 0) / math.log(max(len(layer), 2)) for layer in loads]
+    entropies = [
+        -sum(p * math.log(p) for p in layer if p > 0) / math.log(len(layer)) if len(layer) > 1 else 1.0
+        for layer in loads
+    ]
     return {
         "moe_entropy": sum(entropies) / len(entropies),
         "moe_load_min": min(map(min, loads)),

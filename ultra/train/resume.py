@@ -59,7 +59,10 @@ def changes(cfg: RunConfig, path: Path, section: str) -> dict[str, str]:
 def refuse_other_model(cfg: RunConfig, path: Path) -> None:
     """Raises UserError where the checkpoint's config describes another network; other changes are logged."""
     model, training = changes(cfg, path, "model"), changes(cfg, path, "training")
-    if fatal := [line for key, line in model.items() if key not in FREE_ON_RESUME]:
+    fatal = [line for key, line in model.items() if key not in FREE_ON_RESUME]
+    if cfg.model.use_moe and model.get("moe_balance", "").endswith("now aux"):
+        fatal.append(f"{model['moe_balance']}, which has no place for its selection bias; both keeps it")
+    if fatal:
         raise UserError(
             f"cannot resume from {path}, its network is another one:\n  " + "\n  ".join(fatal)
             + "\nUndo these changes, or take another --run-dir"

@@ -184,7 +184,8 @@ class Trainer:
     def backward(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of the mean cross-entropy over all labelled tokens of the step, plus the auxiliary losses.
 
-        Token-weighted: any split of the same samples into micro-batches and processes gives the same gradient.
+        Token-weighted: any split of the same samples into micro-batches and processes gives the same gradient of it.
+        The load balancing loss is a mean over micro-batches, of the loads within each.
         Returns that mean, the auxiliary losses, and how many tokens each expert of each layer got `[layers, E]`.
         """
         labelled, world_size = self.labelled(micro_batches), self.processes.world_size

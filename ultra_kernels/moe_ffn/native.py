@@ -29,7 +29,8 @@ def backward(
     hidden: torch.Tensor,
     grads: list[torch.Tensor | None],
 ) -> None:
-    """Fills the gradients of x, gates, w_in, w_out, b_in, b_out and sub_norm; None: not wanted, but for the gates'."""
+    """Fills the gradients of x, gates, w_in, w_out, b_in, b_out and sub_norm; those that are not wanted are None, the
+    gates' never is."""
     dy, x = contiguous_rows(dy), contiguous_rows(x)
     C_, threads = load(), torch.get_num_threads()
     problem, _kept = _problem(x, routes, experts, hidden)

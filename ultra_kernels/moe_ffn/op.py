@@ -19,12 +19,9 @@ MAX_EXPERTS = 256  # of the Triton kernels, whose router has a row of logits in 
 def _triton_why_not(x: torch.Tensor, w_in: torch.Tensor | None = None, *tensors: torch.Tensor | None) -> str | None:
     if (reason := of_all(triton_why_not)(x, w_in, *tensors)) is not None:
         return reason
-    for t in (w_in, *tensors):
-        if t is not None and t.device != x.device:
-            return f"x is on {x.device}, another tensor on {t.device}; move it there"
     if w_in is not None and len(w_in) > MAX_EXPERTS:
         return f"there are {len(w_in)} experts, above {MAX_EXPERTS}; backend='reference' takes them"
-    return None if w_in is None or w_in.numel() else "the experts' matrices are empty"
+    return None
 
 
 OP = Op(
@@ -57,7 +54,8 @@ def moe_ffn(
 
     g = softmax(router_logits) in float32 at the chosen experts, divided by its sum over them when `normalize_gates`
     (None: when top_k > 1; with one expert the router would get no gradient). The largest top_k of softmax +
-    select_bias are chosen; the bias (no gradient) plays no other part. Every token reaches all its experts.
+    select_bias are chosen, of equal ones the first; the bias (no gradient) plays no other part. Every token reaches all
+    its experts. A NaN among a token's logits makes its y NaN.
     `gated`: w_in has 2F rows, 0..F−1 the gate, and h = act(gate) · up. gelu is the erf form, relu2 is relu squared.
     `sub_norm` `[F]`: RMSNorm (eps 1e-6) of h. `bitnet`: tokens and each expert's matrices are fake-quantised as in
     `bitlinear` with scale=bitnet_scale, on its backends. An expert without tokens gets zero gradients.
@@ -65,26 +63,40 @@ def moe_ffn(
     x `[T, D]`, router_logits `[T, E]`, w_in `[E, F, D]` (gated: `[E, 2F, D]`), w_out `[E, D, F]`, b_in `[E, F]` or
     `[E, 2F]`, b_out `[E, D]`, select_bias `[E]`. Returns y `[T, D]` in x's dtype (under autocast in that dtype) and
     MoEStats(counts int64 `[E]`, mean_prob `[E]`, z `[]`), the last two with gradient.
-    Raises ValueError on a shape mismatch, an unknown activation or a top_k outside 1..E, BackendUnavailable.
+    T may be 0, D and F not. Raises ValueError on a shape, type or device mismatch, an unknown activation or a top_k
+    outside 1..E, BackendUnavailable.
     After Shazeer et al. 2017 (arXiv:1701.06538), dropless as Tan et al. 2024 (arXiv:2403.08245).
     """
+    if not (x.is_floating_point() and router_logits.is_floating_point()):
+        raise ValueError(f"moe_ffn: x is {x.dtype} and router_logits {router_logits.dtype}; they must be floats")
     if x.ndim != 2 or router_logits.ndim != 2 or router_logits.shape[0] != x.shape[0]:
         raise ValueError(
             f"moe_ffn: x is {tuple(x.shape)} and router_logits {tuple(router_logits.shape)}; "
             "they must be (T, D) and (T, E)"
         )
-    (D, E), F = (x.shape[1], router_logits.shape[1]), w_out.shape[-1]
+    (T, D), E = x.shape, router_logits.shape[1]
+    if w_out.ndim != 3 or w_out.shape[:2] != (E, D):
+        raise ValueError(
+            f"moe_ffn: w_out has shape {tuple(w_out.shape)}; with x {(T, D)} and router_logits {(T, E)} it must be "
+            f"({E}, {D}, F)"
+        )
+    F = w_out.shape[2]
+    rows, gating = (2 * F if gated else F), f"w_out {tuple(w_out.shape)} and gated={gated}"
     wanted = {
-        "w_in": (w_in, (E, 2 * F if gated else F, D)),
-        "w_out": (w_out, (E, D, F)),
-        "b_in": (b_in, (E, 2 * F if gated else F)),
-        "b_out": (b_out, (E, D)),
-        "select_bias": (select_bias, (E,)),
-        "sub_norm": (sub_norm, (F,)),
+        "w_in": (w_in, (E, rows, D), gating),
+        "b_in": (b_in, (E, rows), gating),
+        "b_out": (b_out, (E, D), f"w_out {tuple(w_out.shape)}"),
+        "select_bias": (select_bias, (E,), f"router_logits {(T, E)}"),
+        "sub_norm": (sub_norm, (F,), f"w_out {tuple(w_out.shape)}"),
     }
-    for name, (p, shape) in wanted.items():
+    for name, (p, shape, given) in wanted.items():
         if p is not None and p.shape != shape:
-            raise ValueError(f"moe_ffn: {name} has shape {tuple(p.shape)}; with gated={gated} it must be {shape}")
+            raise ValueError(f"moe_ffn: {name} has shape {tuple(p.shape)}; with {given} it must be {shape}")
+    if not D or not F:
+        raise ValueError(f"moe_ffn: w_out has shape {tuple(w_out.shape)}; D and F must be at least 1")
+    for name, p in {"router_logits": router_logits, "w_out": w_out, **{n: p for n, (p, *_) in wanted.items()}}.items():
+        if p is not None and p.device != x.device:
+            raise ValueError(f"moe_ffn: x is on {x.device}, {name} on {p.device}; they must be on one device")
     if not 1 <= top_k <= E:
         raise ValueError(f"moe_ffn: top_k={top_k} must be between 1 and the number of experts, {E}")
     if activation not in reference.ACTIVATIONS:
@@ -182,6 +194,7 @@ _experts, _experts_backward = define_differentiable(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     gradients=_gradients,
+    instead=reference.ONCE,
 )
 
 
@@ -227,4 +240,5 @@ _route, _route_backward = define_differentiable(
     backward_fake=lambda dgates, dmean_prob, dz, logits, *_: logits.new_empty(logits.shape),
     setup_context=_route_setup,
     gradients=_route_gradients,
+    instead=reference.ONCE,
 )

@@ -20,6 +20,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+ONCE = "no backend of moe_ffn can be differentiated twice"
+
+
 class MoEStats(NamedTuple):
     """What the router did: counts int64 `[E]`, tokens per expert; mean_prob `[E]`, the mean softmax; z `[]`, the mean
     squared logsumexp. The last two are float32 and differentiable, for the balance and z losses."""
@@ -102,6 +105,7 @@ _grouped_linear, _grouped_linear_backward = define_differentiable(
     ),
     setup_context=_setup_context,
     gradients=_gradients,
+    instead=ONCE,
 )
 
 
@@ -166,8 +170,9 @@ def route(
     probs = logits.softmax(-1)
     # Without a bias the logits order the experts as the probabilities do, and do not saturate.
     scores = logits.detach() if select_bias is None else probs.detach() + select_bias.detach().to(wide)
-    chosen = scores.topk(top_k, dim=-1).indices  # [T, k]
+    chosen = scores.sort(stable=True, descending=True).indices[:, :top_k]  # topk promises nothing of equal scores
     gates = logits.gather(1, chosen).softmax(-1) if normalize_gates else probs.gather(1, chosen)
+    gates = gates.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
 
     experts, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(E, device=experts.device), right=True)
