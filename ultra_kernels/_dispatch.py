@@ -301,7 +301,8 @@ def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[_Function], _Func
         backward_schema = f"{name}_backward(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]"
         backward_op = define(backward_schema, backward, backward_fake)
         _register_autograd(forward_op, setup_context, gradients)
-        _refuse_second_derivative(forward_op, backward_op, "torch.compile runs it as one op; call it eagerly to differentiate twice")
+        instead = "call it eagerly to differentiate twice"
+        _refuse_second_derivative(forward_op, backward_op, f"torch.compile runs it as one op; {instead}")
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:

@@ -99,32 +99,33 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def weight_grad_kernel(
-    left, right, ends, order, dw, n_units, k_units, gather_left, gather_right,
+    left, right, ends, order, dw, E, n_units, k_units, gather_left, gather_right,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dw `[E, N, K]`: the sum over a group's rows of left `[., N]` times right `[., K]`, BLOCK_M at a time.
+    """dw `[E, N, K]`: the sum over a group's rows of left `[., N]` times right `[., K]`, BLOCK_M at a time.
 
-    Grid: groups × tiles of N × tiles of K.
+    Persistent: of the tiles, groups × tiles of N × tiles of K, program p of P takes p, p + P, ….
     """
     N, K = n_units * UNIT, k_units * UNIT
-    pid, down, across = tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
-    group = pid // (down * across)
-    n = pid // across % down * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = pid % across * BLOCK_K + tl.arange(0, BLOCK_K)
-    n_ok, k_ok = n < N, k < K
-    begin = tl.load(ends + group - 1, mask=group > 0, other=0).to(tl.int32)
-    end = tl.load(ends + group).to(tl.int32)
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for first in range(begin, end, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
-        m_ok = m < end
-        left_rows = left + _listed(order, m, end, gather_left).to(tl.int64) * N
-        right_rows = right + _listed(order, m, end, gather_right).to(tl.int64) * K
-        a = tl.load(left_rows[None, :] + n[:, None], mask=m_ok[None, :] & n_ok[:, None], other=0.0)
-        b = tl.load(right_rows[:, None] + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    at = (group.to(tl.int64) * N + n)[:, None] * K + k[None, :]
-    tl.store(dw + at, acc, mask=n_ok[:, None] & k_ok[None, :])
+    down, across = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    for tile in range(tl.program_id(0), E * down * across, tl.num_programs(0)):
+        group = tile // (down * across)
+        n = tile // across % down * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tile % across * BLOCK_K + tl.arange(0, BLOCK_K)
+        n_ok, k_ok = n < N, k < K
+        begin = tl.load(ends + group - 1, mask=group > 0, other=0).to(tl.int32)
+        end = tl.load(ends + group).to(tl.int32)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for first in range(begin, end, BLOCK_M):
+            m = first + tl.arange(0, BLOCK_M)
+            m_ok = m < end
+            left_rows = left + _listed(order, m, end, gather_left).to(tl.int64) * N
+            right_rows = right + _listed(order, m, end, gather_right).to(tl.int64) * K
+            a = tl.load(left_rows[None, :] + n[:, None], mask=m_ok[None, :] & n_ok[:, None], other=0.0)
+            b = tl.load(right_rows[:, None] + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        dw_rows = dw + (group.to(tl.int64) * N + n) * K
+        tl.store(dw_rows[:, None] + k[None, :], acc, mask=n_ok[:, None] & k_ok[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -191,7 +192,7 @@ SINGLE = {128: Tile(32, 64, 16, 8, 2)}
 ODD = Tile(32, 32, 32, 4, 2)  # loads of single elements, whose addresses fill the registers of a larger tile
 # Tiles of a weight's gradient by the side of their square: 132 of 128 × 128 are one per multiprocessor of an H100.
 GRAD_HALF = {64: Tile(64, 64, 64, 4, 4), 128: Tile(32, 128, 128, 8, 5)}
-GRAD_SINGLE = {64: Tile(16, 64, 64, 8, 2)}
+GRAD_SINGLE = {64: Tile(16, 64, 64, 8, 3)}
 MANY_TILES = 132
 SPAN, ROWS, COLS, SUM_WARPS = 256, 16, 128, 4  # of column sums
 FUSION = True  # Triton's own default differs between versions
@@ -268,11 +269,17 @@ def grouped_weight_grad(
     many = E * triton.cdiv(N, 128) * triton.cdiv(K, 128) >= MANY_TILES
     tile = ODD if unit == 1 else table[max(table) if many else min(table)]
     if dw.numel():
-        weight_grad_kernel[(E * triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k),)](
-            left, right, ends, ends if order is None else order, dw, N // unit, K // unit, gather_left, gather_right,
+        tiles = E * triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k)
+        weight_grad_kernel[(min(tiles, resident_programs(dw.device)),)](
+            left, right, ends, ends if order is None else order, dw, E, N // unit, K // unit, gather_left, gather_right,
             UNIT=unit, **tile.blocks, **tile.options,
         )  # fmt: skip
     return dw
+
+
+def resident_programs(device: torch.device) -> int:
+    """How many programs a persistent kernel has: two for each multiprocessor."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 256
 
 
 def grouped_sums(

@@ -158,11 +158,8 @@ class NoSynchronisation(TorchDispatchMode):
 @contextlib.contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     """Triton's launches, none of which is made; whatever would wait for a GPU is an error."""
-    for folder in (
-        "moe_ffn",
-        "bitlinear",
-        "ternary_linear",
-    ):  # decorated before the environment says that an interpreter is there
+    # decorated before the environment says that an interpreter is there
+    for folder in ("moe_ffn", "bitlinear", "ternary_linear"):
         OPS[folder].module("triton")
 
     def refuse(*args: object, **kwargs: object) -> None:

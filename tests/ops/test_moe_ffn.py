@@ -282,5 +282,5 @@ def test_a_second_derivative_is_refused_without_advice_that_does_not_help(backen
     a = inputs(dtype=dtype)
     y, _ = moe_ffn(**a, top_k=2, backend=backend)
     (first,) = torch.autograd.grad(y.square().sum(), [a["x"]], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative: .*; no backend of moe_ffn"):
+    with pytest.raises(RuntimeError, match=r"no second derivative: .*; no backend of moe_ffn"):
         first.sum().backward()

@@ -221,9 +221,11 @@ def test_the_host_looks_at_no_routing(sub_norm: bool) -> None:
 @interpreted
 @pytest.mark.parametrize(("N", "K"), [(48, 32), (37, 29)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
-def test_plain_grouped_products(N: int, K: int, dtype: torch.dtype) -> None:
-    """Rows in their order, without gates; 600 rows are more than one part of a sum. Groups may be empty at any end."""
+def test_plain_grouped_products(N: int, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in their order, without gates; 600 rows are more than one part of a sum. Groups may be empty at any end.
+    Three programs share the tiles of dw."""
     g = groups()
+    monkeypatch.setattr(g, "resident_programs", lambda device: 3)
     for sizes in ([3, 0, 60, 7], [0, 0, 40, 0], [0, 600], [0], [1] * 140):
         ends = torch.tensor(sizes).cumsum(0)
         E, S = len(sizes), sum(sizes)

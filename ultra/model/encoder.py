@@ -168,9 +168,9 @@ class Encoder(Component):
 
     def update_moe_bias(self, loads: torch.Tensor) -> None:
         """After an optimizer step: balances the experts by their loads `[layers, E]` in that step."""
-        for layer, load in zip(self.layers, loads, strict=False):
-            if isinstance(layer.ffn, MoEFFN):
-                layer.ffn.update_bias(load)
+        experts = [layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEFFN)]
+        for ffn, load in zip(experts, loads, strict=True):
+            ffn.update_bias(load)
 
     def param_groups(self) -> dict[str, list[tuple[str, nn.Parameter, bool]]]:
         """Optimizer group -> (name, parameter, decayed?); the nearest module around it that has a group decides."""

@@ -10,7 +10,7 @@ import torch
 from .._testing import Case, Inputs
 from ..bitlinear.cases import grid_tokens, ternary_weights
 from ..bitlinear.reference import quantize_tokens, quantize_weight, rms_norm
-from .reference import ACTIVATIONS
+from .reference import inner
 
 
 def distinct_logits(g: torch.Generator, T: int, E: int) -> torch.Tensor:
@@ -30,12 +30,7 @@ def _far_from_ties(inputs: Inputs, rows: torch.Tensor) -> torch.Tensor:
         h = (codes * step) @ (w_codes * gamma).t()
         if "b_in" in inputs:
             h = h + inputs["b_in"][e]
-        act = ACTIVATIONS[inputs["activation"]]
-        if inputs["gated"]:
-            gate, up = h.chunk(2, dim=-1)
-            h = act(gate) * up
-        else:
-            h = act(h)
+        h = inner(h, inputs["activation"], inputs["gated"])
         if "sub_norm" in inputs:
             h = rms_norm(h, inputs["sub_norm"])
         scaled = h * 127 / h.abs().amax(-1, keepdim=True).clamp(min=1e-5)
