@@ -155,7 +155,7 @@ LAYERS = of(
     ("len(share) * (share", "(share"),
     ("index_select(0, routes.order // self.top_k)", "index_select(0, routes.order % len(rows))"),
     ("index_select(0, routes.inverse)", "index_select(0, routes.order)"),
-    ("self.scale = scale.to(self.codes.device)", "pass"),
+    ("setattr(layer, name, before.to(after.device))", "pass"),
     ("math.log(1e-3), math.log(1e-1)", "math.log(1e-3), math.log(1)"),
 )
 
@@ -380,6 +380,7 @@ CPP = [
     *of(
         "csrc/moe_ffn/moe_ffn_cpu.cpp",
         "tests/ops/test_routes.py " + ON_WIDEST,
+        ("lse != lse && j < r.top_k", "false && j < r.top_k"),
         ("return top + __builtin_logf(all)", "return __builtin_logf(all)"),
         ("(int)(n - c), least)", "(int)(n - c))"),
         (" || (scores[a] != scores[a] && scores[b] == scores[b])", ""),
@@ -600,6 +601,8 @@ TRITON = [
     *of(
         "ultra_kernels/_routes_triton.py",
         "TRITON_INTERPRET=1 tests/ops/test_routes.py -k triton",
+        ("tl.where(scores == 0.0, 0.0, scores)", "scores"),
+        ("tl.where((lse == lse)[:, None], _gates(own, taken, normalize), lse[:, None])", "_gates(own, taken, normalize)"),
         ('own, float("-inf"))', "own, 0.0)"),
         ("most + tl.log(total)", "tl.log(total)"),
         ('tl.where(normalize != 0, float("-inf"), logits)', "logits"),
