@@ -602,7 +602,7 @@ TRITON = [
         "ultra_kernels/_routes_triton.py",
         "TRITON_INTERPRET=1 tests/ops/test_routes.py -k triton",
         ("tl.where(scores == 0.0, 0.0, scores)", "scores"),
-        ("tl.where((lse == lse)[:, None], _gates(own, taken, normalize), lse[:, None])", "_gates(own, taken, normalize)"),
+        ("tl.where((lse == lse)[:, None], _gates", "tl.where((lse == lse)[:, None] | True, _gates"),
         ('own, float("-inf"))', "own, 0.0)"),
         ("most + tl.log(total)", "tl.log(total)"),
         ('tl.where(normalize != 0, float("-inf"), logits)', "logits"),
