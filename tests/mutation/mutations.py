@@ -566,6 +566,7 @@ TRITON = [
         ("acc += tl.load(bias + e * N", "acc -= tl.load(bias + e * N"),
         ("acc *= tl.load(gates + to", "acc += 0.0 * tl.load(gates + to"),
         ("_listed(order, m, end, gather_right)", "_listed(order, m, end, gather_left)"),
+        ("E * down * across, tl.num_programs(0)", "E * down * across, E * down * across"),
         ("total += v * tl.load(gates", "total = v * tl.load(gates"),
         ("range(first, tl.minimum(first + SPAN, end), ROWS)", "range(first, end, ROWS)"),
         ("(begin // SPAN + group)", "(begin // SPAN)"),
