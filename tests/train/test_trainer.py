@@ -275,7 +275,9 @@ def test_resume_refuses_another_network_with_a_diff(tiny, tmp_path: Path, caplog
 def test_loads_of_one_expert_are_balanced() -> None:
     columns = moe_columns([[50], [50]])
     assert columns["moe_entropy"] == 1.0 and columns["moe_dead_experts"] == 0
-    assert moe_columns([[8, 0, 0, 0], [2, 2, 2, 2]])["moe_entropy"] == pytest.approx(0.5)
+    columns = moe_columns([[8, 0, 0, 0], [2, 2, 2, 2]])
+    assert columns["moe_entropy"] == pytest.approx(0.5) and columns["moe_layer_entropy"] == pytest.approx([0.0, 1.0])
+    assert columns["moe_dead_experts"] == 3 and columns["moe_layer_dead_experts"] == [3, 0]
 
 
 def test_fields_free_on_resume_exist() -> None:

@@ -153,8 +153,9 @@ def _replace(path: Path, text: str) -> None:
 def moe_columns(counts: list[list[int]]) -> dict[str, Any]:
     """Router statistics of one step from the tokens per layer and expert, of all loops together.
 
-    moe_load: share of the tokens, per layer and expert; moe_entropy: mean over layers of the load's entropy
-    over that of equal loads, 1 is balanced, as one expert always is; moe_dead_experts: how many got no token.
+    moe_load: share of the tokens, per layer and expert; moe_entropy: entropy of the load over that of equal loads, 1 is
+    balanced, as one expert always is; moe_dead_experts: how many got no token. These two are the mean and the sum over
+    the layers, moe_layer_… have one entry per layer.
     """
     if not counts:
         return {}
@@ -163,12 +164,15 @@ def moe_columns(counts: list[list[int]]) -> dict[str, Any]:
         -sum(p * math.log(p) for p in layer if p > 0) / math.log(len(layer)) if len(layer) > 1 else 1.0
         for layer in loads
     ]
+    dead = [layer.count(0) for layer in counts]
     return {
         "moe_entropy": sum(entropies) / len(entropies),
         "moe_load_min": min(map(min, loads)),
         "moe_load_max": max(map(max, loads)),
-        "moe_dead_experts": sum(count == 0 for layer in counts for count in layer),
+        "moe_dead_experts": sum(dead),
         "moe_load": loads,
+        "moe_layer_entropy": entropies,
+        "moe_layer_dead_experts": dead,
     }
 
 
