@@ -63,6 +63,18 @@ def test_embed_reads_and_writes_files(tiny_run: Path, tmp_path: Path, capsys: py
     np.testing.assert_array_equal(np.load(out), expected)
 
 
+def test_embed_takes_a_line_for_a_text(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines end with a line feed alone: other separators of Unicode are part of a text. A byte order mark is not."""
+    lines = tmp_path / "texts.txt"
+    lines.write_bytes("\ufeffone\r\ntwo\u2028still two\x0cand still\nthree".encode())
+    assert main(["embed", str(tiny_run), "--input", str(lines)]) == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.split("\n") if line]
+    assert texts == ["one", "two\u2028still two\x0cand still", "three"]
+    lines.write_text("one\n \nthree\n")
+    assert main(["embed", str(tiny_run), "--input", str(lines)]) == 2
+    assert f"{lines}:2: the line is empty; remove it" in capsys.readouterr().err
+
+
 def bad_run(kind: str, tiny_run: Path, folder: Path) -> Path:
     if kind == "missing":
         return folder / "nowhere"

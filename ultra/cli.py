@@ -53,9 +53,13 @@ def embed(args: argparse.Namespace) -> int:
     texts = list(args.text)
     if args.input is not None:
         try:
-            texts += args.input.read_text(encoding="utf-8").splitlines()
+            lines = args.input.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--input {args.input}: {error}") from None
+        lines = [] if lines == [""] else [line.removesuffix("\r") for line in lines]
+        if blank := next((n for n, line in enumerate(lines, start=1) if not line.strip()), None):
+            raise UserError(f"{args.input}:{blank}: the line is empty; remove it")
+        texts += lines
     if not texts:
         raise UserError("nothing to embed: give texts, or --input FILE with one text a line")
     if args.output is not None and args.output.suffix != ".npy":

@@ -165,7 +165,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 def available(device: str = "cpu") -> dict[str, dict[str, str | None]]:
     """op -> backend -> None when it can run float32 tensors on `device`, otherwise the reason."""
-    probe = torch.empty(0, device="meta") if device == "meta" else torch.empty(0, device=device)
+    try:
+        probe = torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # what torch raises where it was built without the device
+        reason = f"no tensor can be made on {device!r}: {str(error).splitlines()[0]}"
+        return {name: dict.fromkeys(op.names, reason) for name, op in sorted(OPS.items())}
     return {name: {b: op.why_not(b, probe) for b in op.names} for name, op in sorted(OPS.items())}
 
 

@@ -47,6 +47,7 @@ def test_native_runs_by_default_on_a_cpu(monkeypatch):
     assert OP.choose(None, inputs()[0]) == "native"
     assert OP.choose(None, inputs(torch.float64)[0]) == "reference"
     assert ultra_kernels.available()["dyt"]["native"] is None
+    assert "no tensor can be made on 'nowhere'" in str(ultra_kernels.available("nowhere")["dyt"]["reference"])
     assert ultra_kernels.available()["dyt"]["reference"] is None
 
 

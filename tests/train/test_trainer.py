@@ -272,6 +272,30 @@ def test_resume_refuses_another_network_with_a_diff(tiny, tmp_path: Path, caplog
     assert "training.lr_other: 0.01 in the checkpoint, now 0.5" in caplog.text
 
 
+def test_a_finished_run_says_so_and_keeps_its_config(tiny, tmp_path: Path, caplog) -> None:
+    tiny.run(tmp_path, max_steps=3)
+    before = (tmp_path / "config.yaml").read_text()
+    with caplog.at_level(logging.INFO):
+        assert tiny.run(tmp_path, max_steps=3, lr_other=0.5) == 0
+    assert "nothing left to train: the run is at step 3 of 3" in caplog.text
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert tiny.run(tmp_path, max_steps=4, lr_other=0.5) == 0
+    assert "lr_other: 0.5" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_config_that_is_not_of_a_run_is_not_replaced(tiny, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {}  # written by hand\n")
+    with pytest.raises(UserError, match=r"config\.yaml there is not of a run"):
+        tiny.run(tmp_path, max_steps=1)
+    assert "by hand" in (tmp_path / "config.yaml").read_text() and not (tmp_path / "train.log").exists()
+
+
+def test_others_may_read_the_weights(tiny, tmp_path: Path) -> None:
+    tiny.run(tmp_path, max_steps=1)
+    modes = {path.name: path.stat().st_mode for path in checkpoint.latest(tmp_path).iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_loads_of_one_expert_are_balanced() -> None:
     columns = moe_columns([[50], [50]])
     assert columns["moe_entropy"] == 1.0 and columns["moe_dead_experts"] == 0

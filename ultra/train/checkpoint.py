@@ -104,6 +104,8 @@ def write(path: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, st
     entries = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = path / "manifest.json"
     manifest.write_text(_manifest_text(entries, form), encoding="utf-8")
+    for name in tensors:  # safetensors leaves its files to their owner alone
+        (path / name).chmod(manifest.stat().st_mode)
     _sync(manifest)
     _sync(path)
 

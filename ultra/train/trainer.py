@@ -587,6 +587,11 @@ def train(cfg: RunConfig, *, run_dir: Path, resume: str = "auto") -> int:
 
         def open_folder() -> Path | None:
             stack.enter_context(_locked(run_dir))
+            if (run_dir / "config.yaml").exists() and not (run_dir / "train.log").exists():
+                raise UserError(
+                    f"--run-dir {run_dir}: the config.yaml there is not of a run, and training would replace it; name "
+                    "another folder"
+                )
             stack.enter_context(log_to_folder(run_dir))
             return find_start(run_dir, resume)
 
@@ -638,7 +643,14 @@ def _train(
             trainer.restore(path)
             processes.from_main(lambda: checkpoint.set_aside_after(run_dir, trainer.state.step))
             log.info("resumed at step %d from %s", trainer.state.step, path)
-        if processes.main:
+        if path is not None and trainer.state.step >= trainer.total_steps:
+            log.info(
+                "nothing left to train: the run is at step %d of %d; for more, raise training.max_steps or "
+                "scheduler_total_steps, or take another --run-dir",
+                trainer.state.step,
+                trainer.total_steps,
+            )
+        elif processes.main:
             (run_dir / "config.yaml").write_text(cfg.to_yaml(), encoding="utf-8")
         log.info("parameter groups:\n%s", table(trainer.groups))
         warn_if_rates_cannot_train(
