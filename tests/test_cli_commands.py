@@ -75,6 +75,18 @@ def test_embed_takes_a_line_for_a_text(tiny_run: Path, tmp_path: Path, capsys: p
     assert f"{lines}:2: the line is empty; remove it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("backend", "said"), [("foo", "is unknown"), ("triton", "cannot run")])
+def test_a_backend_that_cannot_run(
+    backend: str, said: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("ULTRA_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = main(["fill-mask", str(tiny_run), "a [MASK]"])
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and f"ULTRA_BACKEND is {backend} in this environment" in err
+
+
 def bad_run(kind: str, tiny_run: Path, folder: Path) -> Path:
     if kind == "missing":
         return folder / "nowhere"

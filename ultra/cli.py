@@ -438,6 +438,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except (RuntimeError, ValueError) as error:
+        backend = os.environ.get("ULTRA_BACKEND")
+        if not backend or f"{backend!r}" not in str(error):  # as in "ULTRA_BACKEND='foo' is unknown"
+            raise
+        print(f"{error}\nULTRA_BACKEND is {backend} in this environment; unset it to run what fits", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

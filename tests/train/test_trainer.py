@@ -272,6 +272,15 @@ def test_resume_refuses_another_network_with_a_diff(tiny, tmp_path: Path, caplog
     assert "training.lr_other: 0.01 in the checkpoint, now 0.5" in caplog.text
 
 
+def test_a_damaged_line_of_metrics_does_not_stop_a_run(tiny, tmp_path: Path, caplog) -> None:
+    tiny.run(tmp_path, max_steps=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('garbage\n{"loss": 1}\n[]\n')
+    assert tiny.run(tmp_path, max_steps=3) == 0
+    assert caplog.text.count("is no row of metrics and left out") >= 3
+    assert [row["step"] for row in rows(tmp_path) if "lr" in row] == [1, 2, 3]
+
+
 def test_a_finished_run_says_so_and_keeps_its_config(tiny, tmp_path: Path, caplog) -> None:
     tiny.run(tmp_path, max_steps=3)
     before = (tmp_path / "config.yaml").read_text()

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from ultra.config.training import GROUPS
 from ultra.errors import UserError
 
+log = logging.getLogger(__name__)
+
 # The header of metrics.csv, the same for every run; metrics.jsonl may hold lists beside these.
 COLUMNS = (
     ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "data_wait_ms"]
@@ -131,13 +133,22 @@ class NoMetrics:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a metrics.jsonl; the last line may be incomplete after a kill and is then left out."""
+    """Rows of a metrics.jsonl; the last line may be incomplete after a kill and is then left out. So are lines that are
+    none of ours, with a warning: they cost the run nothing."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for line in lines[:-1]:  # what follows the last newline is empty or cut short
-        if line:
-            yield json.loads(line)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            yield row
+        else:
+            log.warning("%s:%d is no row of metrics and left out", path, number)
 
 
 def _finite(value: Any) -> Any:
