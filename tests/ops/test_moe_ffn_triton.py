@@ -270,9 +270,6 @@ def test_what_the_kernels_do_not_take() -> None:
     many = {"x": draw(3, 4), "router_logits": draw(3, E), "w_in": draw(E, 4, 4), "w_out": draw(E, 4, 4), "top_k": 1}
     with pytest.raises(BackendUnavailable, match="257 experts, above 256"):
         moe_ffn(**many, backend="triton")
-    empty = {"x": draw(3, 4), "router_logits": draw(3, 2), "w_in": draw(2, 0, 4), "w_out": draw(2, 4, 0), "top_k": 1}
-    with pytest.raises(BackendUnavailable, match="empty"):
-        moe_ffn(**empty, backend="triton")
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
