@@ -60,7 +60,7 @@ def refuse_other_model(cfg: RunConfig, path: Path) -> None:
     """Raises UserError where the checkpoint's config describes another network; other changes are logged."""
     model, training = changes(cfg, path, "model"), changes(cfg, path, "training")
     fatal = [line for key, line in model.items() if key not in FREE_ON_RESUME]
-    if cfg.model.use_moe and model.get("moe_balance", "").endswith("now aux"):
+    if cfg.model.use_moe and "moe_balance" in model and cfg.model.model_dump()["moe_balance"] == "aux":
         fatal.append(f"{model['moe_balance']}, which has no place for its selection bias; both keeps it")
     if fatal:
         raise UserError(

@@ -81,21 +81,24 @@ def moe_ffn(
             f"({E}, {D}, F)"
         )
     F = w_out.shape[2]
-    rows, gating = (2 * F if gated else F), f"w_out {tuple(w_out.shape)} and gated={gated}"
-    wanted = {
-        "w_in": (w_in, (E, rows, D), gating),
-        "b_in": (b_in, (E, rows), gating),
-        "b_out": (b_out, (E, D), f"w_out {tuple(w_out.shape)}"),
-        "select_bias": (select_bias, (E,), f"router_logits {(T, E)}"),
-        "sub_norm": (sub_norm, (F,), f"w_out {tuple(w_out.shape)}"),
-    }
-    for name, (p, shape, given) in wanted.items():
-        if p is not None and p.shape != shape:
-            raise ValueError(f"moe_ffn: {name} has shape {tuple(p.shape)}; with {given} it must be {shape}")
     if not D or not F:
         raise ValueError(f"moe_ffn: w_out has shape {tuple(w_out.shape)}; D and F must be at least 1")
-    for name, p in {"router_logits": router_logits, "w_out": w_out, **{n: p for n, (p, *_) in wanted.items()}}.items():
-        if p is not None and p.device != x.device:
+    rows = 2 * F if gated else F
+    for name, p, shape in (
+        ("router_logits", router_logits, (T, E)),
+        ("w_out", w_out, (E, D, F)),
+        ("w_in", w_in, (E, rows, D)),
+        ("b_in", b_in, (E, rows)),
+        ("b_out", b_out, (E, D)),
+        ("select_bias", select_bias, (E,)),
+        ("sub_norm", sub_norm, (F,)),
+    ):
+        if p is None:
+            continue
+        if p.shape != shape:
+            given = f"router_logits {(T, E)}, w_out {tuple(w_out.shape)} and gated={gated}"
+            raise ValueError(f"moe_ffn: {name} has shape {tuple(p.shape)}; with {given} it must be {shape}")
+        if p.device != x.device:
             raise ValueError(f"moe_ffn: x is on {x.device}, {name} on {p.device}; they must be on one device")
     if not 1 <= top_k <= E:
         raise ValueError(f"moe_ffn: top_k={top_k} must be between 1 and the number of experts, {E}")
